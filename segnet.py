@@ -1,13 +1,16 @@
-"""SegNet: an encoder of convolutions and max pooling, and its mirror image as decoder.
+"""SegNet: an encoder of convolutions and max pooling, and its mirror image as the decoder.
 
-Badrinarayanan, Kendall & Cipolla, arXiv 1511.00561. Pooling keeps, for each value, the place in the 2x2 window it came from (the "pooling
-indices"); the decoder puts the values back at exactly those places, so boundaries survive four or five halvings without a learned upsampling.
+Badrinarayanan, Kendall & Cipolla, arXiv 1511.00561. Max pooling remembers which place of its 2x2
+window each value came from (the "pooling indices"), and the decoder puts values back at exactly
+those places: boundaries survive four or five halvings without a learned upsampling.
 
-    images (B, 3, H, W) -> [convolution BN ReLU, pool]* -> [unpool, convolution BN]* -> logits (B, K, H, W)
-                                          |____ indices ____|
+    images ─> [conv BN ReLU, pool] x 4 ─> [unpool, conv BN] x 4 ─> 1x1 conv ─> logits
+    (B, 3, H, W)               └──────── indices ────────┘                    (B, K, H, W)
 
-Two variants: "basic", the smaller network the paper trains (Section 3.3), and "vgg16", the full SegNet around VGG-16's 13 convolutions.
-Differences from the source: images normalised by mean and standard deviation instead of local response normalisation; no pretrained weights.
+variant "basic" is SegNet-Basic, which the paper trains (Section 3.3): 7x7 convolutions. "vgg16" is
+the full SegNet: VGG-16's 13 convolutions and their mirror image, 3x3, ReLU in both halves.
+Differs from the source: images are normalised by mean and standard deviation, where the original
+normalises local responses, and nothing is pretrained.
 """
 import argparse
 
@@ -16,66 +19,119 @@ from torch import nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-VGG16 = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512)]  # channels in, then after each convolution
+VGG16 = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512),
+         (512, 512, 512, 512)]  # channels in, then after each convolution, between the poolings
 
 
-def conv_bn(channels_in, channels_out, kernel, bias=True, relu=True):
-    """convolution => BN (=> ReLU), size kept."""
-    layers = [nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=bias), nn.BatchNorm2d(channels_out)]
-    return layers + [nn.ReLU(inplace=True)] if relu else layers
+def conv_bn(channels, kernel, bias=True, relu=True):
+    """(convolution => BN => ReLU) from each count in `channels` to the next; the size is kept."""
+    layers = []
+    for c_in, c_out in zip(channels, channels[1:]):
+        layers += [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias),
+                   nn.BatchNorm2d(c_out)]
+        if relu:
+            layers += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
 def unpool(x, indices):
-    """(B, C, H, W) -> (B, C, 2H, 2W): each value at the place its maximum was taken from, zero elsewhere."""
-    return F.max_unpool2d(x, indices, 2).to(x.dtype)  # under autocast on the CPU max_unpool2d answers in float32
+    """Undoes a 2x2 pooling: each value goes where its maximum came from, the rest is zero.
+
+    x: (B, C, H, W); indices: (B, C, H, W) int64 of max_pool2d. Returns (B, C, 2H, 2W), dtype of x.
+    """
+    with torch.autocast(x.device.type, enabled=False):  # on the CPU it would go through float32
+        return F.max_unpool2d(x, indices, 2)
 
 
 class SegNet(nn.Module):
+    """(B, 3, H, W) normalised images -> (B, K, H, W) float32 logits, in training and evaluation.
+
+    width: factor on every channel count but the image's and the classes'; 2 doubles the filters.
+    """
     recipe = dict(batch_size=32, lr=0.01, optimizer="Adam", optimizer_args={}, weight_decay=0.0,
                   schedule="constant", schedule_args={}, iterations=40000)
     training_only = ()
     classifiers = ("classifier.",)
 
     def __init__(self, num_classes=25, width=1, *, variant="basic"):
-        """width: factor on every channel count but the input's and the classes'. variant: "basic" or "vgg16"."""
         super().__init__()
-        wide = lambda channels: max(1, round(channels * width)) if channels > 3 else channels
+        wide = lambda c: c if c == 3 else max(1, round(c * width))
         if variant == "basic":
             C = wide(64)
-            encoder = [conv_bn(c, C, 7) for c in (3, C, C, C)]
-            decoder = [conv_bn(C, C, 7, bias=False, relu=False) for _ in range(4)]
-            self.classifier = nn.Conv2d(C, num_classes, 1)
+            encoder = [conv_bn((c, C), 7) for c in (3, C, C, C)]
+            decoder = [conv_bn((C, C), 7, bias=False, relu=False) for _ in range(4)]
+            classifier = nn.Conv2d(C, num_classes, 1)
         elif variant == "vgg16":
             stages = [[wide(c) for c in stage] for stage in VGG16]
-            encoder = [sum((conv_bn(i, o, 3) for i, o in zip(s, s[1:])), []) for s in stages]
-            stages[0][0] = stages[0][1]  # the mirror image ends in features, which the classifier turns into classes
-            decoder = [sum((conv_bn(i, o, 3) for i, o in zip(s[::-1], s[-2::-1])), []) for s in stages[::-1]]
-            self.classifier = nn.Conv2d(stages[0][0], num_classes, 3, padding=1)
+            encoder = [conv_bn(stage, 3) for stage in stages]
+            del stages[0][0]  # the mirror image of the first convolution is the classifier
+            decoder = [conv_bn(stage[::-1], 3) for stage in stages[::-1]]
+            classifier = nn.Conv2d(wide(64), num_classes, 3, padding=1)
         else:
-            raise ValueError(f'variant "{variant}" is not one of "basic", "vgg16"')
-        self.encoder = nn.ModuleList(nn.Sequential(*layers) for layers in encoder)
-        self.decoder = nn.ModuleList(nn.Sequential(*layers) for layers in decoder)
+            raise ValueError(f"variant must be basic or vgg16, not {variant!r}")
+        self.encoder = nn.ModuleList(encoder)
+        self.decoder = nn.ModuleList(decoder)
+        self.classifier = classifier
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+                nn.init.kaiming_normal_(module.weight)  # He et al., arXiv 1502.01852
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(self, images):
         H, W = images.shape[-2:]
         if self.training and (H % 32 or W % 32):
-            raise ValueError(f"SegNet trains on sizes that are multiples of 32, not {H}x{W}")
+            raise ValueError(f"SegNet trains on multiples of 32 pixels, not on {H}x{W}")
         x = F.pad(images, (0, -W % 32, 0, -H % 32))  # evaluation takes any size
+
         indices = []
         for stage in self.encoder:
-            x, places = F.max_pool2d(stage(x), 2, return_indices=True)  # (B, C, H/2, W/2) ... (B, C, H/16, W/16)
-            indices.append(places)
+            x, where = F.max_pool2d(stage(x), 2, return_indices=True)  # (B, C, H/2, W/2) ... H/16
+            indices.append(where)
         for stage in self.decoder:
             x = stage(unpool(x, indices.pop()))  # (B, C, H/8, W/8) ... (B, C, H, W)
-        logits = self.classifier(x)  # (B, K, H, W)
-        return logits if self.training else logits[..., :H, :W].float()
+        return self.classifier(x)[..., :H, :W].float()  # (B, K, H, W)
 
     def loss(self, outputs, batch, criterion):
-        """outputs: what forward returned in training. Returns (total, main), which are the same: SegNet has one output."""
-        loss = criterion(outputs.float(), batch["labels"])
+        """outputs: what forward returned in training. Returns (total, main): here, the same."""
+        loss = criterion(outputs, batch["labels"])
         return loss, loss
+
+
+def print_stages(model, size):
+    """Prints output shape, parameters and multiply-adds of each stage, for one image."""
+    stages, shapes = {}, {}
+    for name, child in model.named_children():
+        several = isinstance(child, nn.ModuleList)
+        stages |= {f"{name}.{i}": m for i, m in enumerate(child)} if several else {name: child}
+    for name, stage in stages.items():
+        stage.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: output}))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        logits = model.eval()(torch.zeros(1, 3, size, size))
+
+    def row(name, output, module, path):
+        shape = " x ".join(map(str, output.shape[1:])) if output is not None else "training only"
+        parameters = sum(p.numel() for p in module.parameters())
+        multiply_adds = sum(counts[path].values()) / 2  # it counts a multiply-add as two
+        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
+
+    counts = counter.get_flop_counts()
+    print(f"{'stage':14}{'output':>18}{'parameters':>14}{'multiply-adds':>19}")
+    for name, stage in stages.items():
+        row(name, shapes.get(name), stage, f"{type(model).__name__}.{name}")
+    row("total", logits, model, "Global")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints the network stage by stage.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", type=int, default=320, help="side of the image in pixels")
+    parser.add_argument("--num-classes", type=int, default=25, help="number of classes")
+    parser.add_argument("--width", type=float, default=1, help="factor on the channel counts")
+    parser.add_argument("--variant", choices=("basic", "vgg16"), default="basic", help="network")
+    options = vars(parser.parse_args())
+    print_stages(size=options.pop("size"), model=SegNet(**options))
+
+
+if __name__ == "__main__":
+    main()
