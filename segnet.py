@@ -100,26 +100,26 @@ class SegNet(nn.Module):
 
 def print_stages(model, size):
     """Prints output shape, parameters and multiply-adds of each stage, for one image."""
-    stages, shapes = {}, {}
+    stages = {}
     for name, child in model.named_children():
         several = isinstance(child, nn.ModuleList)
         stages |= {f"{name}.{i}": m for i, m in enumerate(child)} if several else {name: child}
+    stages["total"] = model
+
+    shapes = {}
     for name, stage in stages.items():
-        stage.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: output}))
+        stage.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: out.shape}))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        logits = model.eval()(torch.zeros(1, 3, size, size))
-
-    def row(name, output, module, path):
-        shape = " x ".join(map(str, output.shape[1:])) if output is not None else "training only"
-        parameters = sum(p.numel() for p in module.parameters())
-        multiply_adds = sum(counts[path].values()) / 2  # it counts a multiply-add as two
-        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
-
+        model.eval()(torch.zeros(1, 3, size, size))
     counts = counter.get_flop_counts()
+
     print(f"{'stage':14}{'output':>18}{'parameters':>14}{'multiply-adds':>19}")
     for name, stage in stages.items():
-        row(name, shapes.get(name), stage, f"{type(model).__name__}.{name}")
-    row("total", logits, model, "Global")
+        shape = " x ".join(map(str, shapes[name][1:])) if name in shapes else "in training only"
+        parameters = sum(p.numel() for p in stage.parameters())
+        path = type(model).__name__ + (f".{name}" if stage is not model else "")
+        multiply_adds = sum(counts.get(path, {}).values()) / 2  # a multiply-add counts as two
+        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
 
 
 def main():

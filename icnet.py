@@ -1,0 +1,211 @@
+"""ICNet, the image cascade network: cheap at high resolution, deep only at low resolution.
+
+Zhao, Qi, Shen, Shi & Jia, arXiv 1704.08545; layers as in hellochick/ICNet-tensorflow, which the
+paper trained (Section 3.2). Three branches look at the image at 1, 1/2 and 1/4 of its size. The
+deep network runs on the smallest; cascade feature fusion (CFF) refines it with one branch at a time:
+
+    1    ─> high, to 1/8 ─────────────────────────────────────────────────┐
+    1/2  ─> conv1 conv2 conv3_1, to 1/16 ──────────────────┐              v
+    1/4     └─ conv3_2 conv4 conv5 pyramid, to 1/32 ─> x2 ─> CFF ─> x2 ─> CFF ─> x2
+                                                       v            v            v
+    logits (B, K, ...)                     training: 1/16          1/8          1/4, x4 at evaluation
+
+Differs from the source: nothing is pretrained, hence the initialisation below, and the loss weights
+are those of the paper's authors (the source: 0.16, 0.4, 1.0). As in the source's code, 1/4 is no
+image of its own: the branches 1/2 and 1/4 share their first layers, then the latter is halved.
+"""
+import argparse
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+PYRAMID = (1, 2, 3, 6)  # cells along each side, Zhao et al., arXiv 1612.01105
+
+
+def resize(x, factor):
+    """(B, C, H, W) -> (B, C, H factor, W factor), bilinear; the gradient is slow in bf16 on CUDA."""
+    return F.interpolate(x.float(), scale_factor=factor, mode="bilinear").to(x.dtype)
+
+
+def conv_bn(c_in, c_out, kernel, stride=1, dilation=1):
+    """convolution => BN. H and W are divided by the stride."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, bias=False),
+                         nn.BatchNorm2d(c_out, momentum=0.05))
+
+
+def conv_bn_relu(*args, **options):
+    """convolution => BN => ReLU."""
+    return conv_bn(*args, **options).append(nn.ReLU(inplace=True))
+
+
+class Bottleneck(nn.Module):
+    """1x1 => 3x3 => 1x1, plus the input (through a 1x1 where its shape differs) => ReLU."""
+
+    def __init__(self, c_in, c_mid, c_out, stride=1, dilation=1):
+        super().__init__()
+        self.branch = nn.Sequential(conv_bn_relu(c_in, c_mid, 1, stride),
+                                    conv_bn_relu(c_mid, c_mid, 3, dilation=dilation),
+                                    conv_bn(c_mid, c_out, 1))
+        self.project = nn.Identity()
+        if c_in != c_out or stride > 1:
+            self.project = conv_bn(c_in, c_out, 1, stride)
+
+    def forward(self, x):
+        x = self.branch(x).add_(self.project(x))  # in place: fresh memory costs more than the sum
+        return F.relu(x, inplace=True)
+
+
+def bottlenecks(count, c_in, c_mid, c_out, stride=1, dilation=1):
+    """`count` bottlenecks, the first of which changes the number of channels and the size."""
+    first = Bottleneck(c_in, c_mid, c_out, stride, dilation)
+    others = [Bottleneck(c_out, c_mid, c_out, dilation=dilation) for _ in range(count - 1)]
+    return nn.Sequential(first, *others)
+
+
+class PyramidPooling(nn.Module):
+    """Adds to each pixel the means of its surroundings, from 1/6 of the image to all of it => 1x1.
+
+    (B, c_in, H, W) -> (B, c_out, H, W)
+    """
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = conv_bn_relu(c_in, c_out, 1)
+
+    def forward(self, x):
+        x = x.float()  # for the sums, and see resize
+        means = [F.adaptive_avg_pool2d(x, cells) for cells in PYRAMID]
+        return self.conv(sum((F.interpolate(m, x.shape[-2:], mode="bilinear") for m in means), x))
+
+
+class CascadeFeatureFusion(nn.Module):
+    """ReLU(3x3 of the coarse map + 1x1 of the fine map), both at the size of the fine one.
+
+    coarse (B, c_coarse, H, W), fine (B, c_fine, H, W) -> (B, c_out, H, W). The dilation is 2, as in
+    the source's code; the paper's text has 1.
+    """
+
+    def __init__(self, c_coarse, c_fine, c_out):
+        super().__init__()
+        self.coarse = conv_bn(c_coarse, c_out, 3, dilation=2)
+        self.fine = conv_bn(c_fine, c_out, 1)
+
+    def forward(self, coarse, fine):
+        return F.relu(self.coarse(coarse).add_(self.fine(fine)), inplace=True)
+
+
+class ICNet(nn.Module):
+    """Evaluation: (B, 3, H, W) normalised images -> (B, K, H, W) float32 logits.
+
+    Training: -> float32 logits at 1/16, 1/8 and 1/4, each with a share of the loss, `head_weights`.
+    width: factor on every channel count but the image's and the classes'; 2 doubles the filters.
+    """
+    recipe = dict(batch_size=64, lr=0.01, optimizer="SGD", optimizer_args={"momentum": 0.9},
+                  weight_decay=1e-4, schedule="poly", schedule_args={"power": 0.9},
+                  iterations=40000)
+    training_only = ("head16.", "head8.")
+    classifiers = ("head16.", "head8.", "head4.")
+
+    def __init__(self, num_classes=25, width=1, *, head_weights=(0.4, 0.6, 1.0)):
+        super().__init__()
+        if len(head_weights) != 3:
+            raise ValueError(f"head_weights must be three numbers, not {head_weights}")
+        self.head_weights = head_weights
+        c32, c64, c128, c256, c512, c1024 = (max(1, round(c * width))
+                                             for c in (32, 64, 128, 256, 512, 1024))
+        self.conv1 = nn.Sequential(conv_bn_relu(3, c32, 3, stride=2), conv_bn_relu(c32, c32, 3),
+                                   conv_bn_relu(c32, c64, 3), nn.MaxPool2d(3, 2, padding=1))
+        self.conv2 = bottlenecks(3, c64, c32, c128)
+        self.conv3_1 = bottlenecks(1, c128, c64, c256, stride=2)
+        self.conv3_2 = bottlenecks(3, c256, c64, c256)
+        self.conv4 = bottlenecks(6, c256, c128, c512, dilation=2)
+        self.conv5 = bottlenecks(3, c512, c256, c1024, dilation=4)
+        self.pyramid = PyramidPooling(c1024, c256)
+        self.high = nn.Sequential(conv_bn_relu(3, c32, 3, stride=2),
+                                  conv_bn_relu(c32, c32, 3, stride=2),
+                                  conv_bn_relu(c32, c64, 3, stride=2))
+        self.fuse16 = CascadeFeatureFusion(c256, c256, c128)
+        self.fuse8 = CascadeFeatureFusion(c128, c64, c128)
+        self.head16 = nn.Conv2d(c256, num_classes, 1)
+        self.head8 = nn.Conv2d(c128, num_classes, 1)
+        self.head4 = nn.Conv2d(c128, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)  # He et al., arXiv 1502.01852
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Bottleneck):
+                # Each of 16 blocks adds its branch to what came before. Scaled to 1/16 of the
+                # variance, they add up to one; at full scale the sum doubles from block to block,
+                # to 2^8 of the input where batch normalisation is frozen (train.py --bn-after).
+                # 0, the usual start of a residual branch, would be frozen as well.
+                nn.init.constant_(module.branch[-1][-1].weight, 16 ** -0.5)
+
+    def forward(self, images):
+        H, W = images.shape[-2:]
+        if self.training and (H % 32 or W % 32):
+            raise ValueError(f"ICNet trains on multiples of 32 pixels, not on {H}x{W}")
+        x = F.pad(images, (0, -W % 32, 0, -H % 32))           # evaluation takes any size
+
+        half = self.conv2(self.conv1(resize(x, 1 / 2)))       # (B, 128, H/8, W/8)
+        half = self.conv3_1(half)                             # (B, 256, H/16, W/16)
+        quarter = self.conv3_2(resize(half, 1 / 2))           # (B, 256, H/32, W/32)
+        quarter = self.conv5(self.conv4(quarter))             # (B, 1024, H/32, W/32)
+        quarter = self.pyramid(quarter)                       # (B, 256, H/32, W/32)
+        full = self.high(x)                                   # (B, 64, H/8, W/8)
+        fused16 = self.fuse16(resize(quarter, 2), half)       # (B, 128, H/16, W/16)
+        fused8 = self.fuse8(resize(fused16, 2), full)         # (B, 128, H/8, W/8)
+
+        # A 1x1 convolution and a bilinear x2 commute; classified first, x2 meets fewer channels.
+        logits4 = resize(self.head4(fused8).float(), 2)       # (B, K, H/4, W/4)
+        if not self.training:
+            return resize(logits4, 4)[..., :H, :W]            # (B, K, H, W)
+        logits16 = resize(self.head16(quarter).float(), 2)    # (B, K, H/16, W/16)
+        logits8 = resize(self.head8(fused16).float(), 2)      # (B, K, H/8, W/8)
+        return logits16, logits8, logits4
+
+    def loss(self, outputs, batch, criterion):
+        """outputs: what forward returned in training. Returns (total, main), main that of 1/4."""
+        losses = [criterion(logits, batch["labels"]) for logits in outputs]
+        return sum(weight * loss for weight, loss in zip(self.head_weights, losses)), losses[-1]
+
+
+def print_stages(model, size):
+    """Prints output shape, parameters and multiply-adds of each stage, for one image."""
+    stages = {}
+    for name, child in model.named_children():
+        several = isinstance(child, nn.ModuleList)
+        stages |= {f"{name}.{i}": m for i, m in enumerate(child)} if several else {name: child}
+    stages["total"] = model
+
+    shapes = {}
+    for name, stage in stages.items():
+        stage.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: out.shape}))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, size, size))
+    counts = counter.get_flop_counts()
+
+    print(f"{'stage':14}{'output':>18}{'parameters':>14}{'multiply-adds':>19}")
+    for name, stage in stages.items():
+        shape = " x ".join(map(str, shapes[name][1:])) if name in shapes else "in training only"
+        parameters = sum(p.numel() for p in stage.parameters())
+        path = type(model).__name__ + (f".{name}" if stage is not model else "")
+        multiply_adds = sum(counts.get(path, {}).values()) / 2  # a multiply-add counts as two
+        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints the network stage by stage.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", type=int, default=320, help="side of the image in pixels")
+    parser.add_argument("--num-classes", type=int, default=25, help="number of classes")
+    parser.add_argument("--width", type=float, default=1, help="factor on the channel counts")
+    options = vars(parser.parse_args())
+    print_stages(size=options.pop("size"), model=ICNet(**options))
+
+
+if __name__ == "__main__":
+    main()
