@@ -1,21 +1,25 @@
 """Measures trained networks, compares them, and segments anybody's pictures.
 
-    python evaluate.py --ckpt                         the newest run: table, report and pictures beside its checkpoint
+    python evaluate.py --ckpt                         the newest run: table, report, pictures
     python evaluate.py --ckpt A/best.pt B/best.pt     several networks side by side
     python evaluate.py --ckpt A/best.pt --images me.jpg holiday/
 
-Everything rests on one confusion matrix per image: confusion[true, predicted], int64, counted at the size of the
-prepared labels, 255 ("ignore") left out. Sums of them give the paper's figures (Section 2.4 of the paper; F1 in both of its
-readings), resampled sums give the 95 % intervals. A class that does not occur is skipped, not scored.
+Everything rests on one matrix per image, confusion[true, predicted], int64, counted at the size of
+the prepared labels without the pixels labelled 255 ("ignore"). Sums of them give the figures of
+the paper's tables (F1 in both of its readings), sums over resampled clips their 95 % intervals.
+A class that does not occur is skipped, not scored.
 
-The first half of the file is what train.py shares: prepared folders, batches, devices, checkpoints.
+The first half is what train.py shares: prepared folders, batches, devices, checkpoints.
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import sys
 import tempfile
+import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -23,39 +27,47 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hourglass import StackedHourglass
 from icnet import ICNet
 from segnet import SegNet
 
-IGNORE = 255                        # label of pixels that count nowhere
+IGNORE = 255                            # label of pixels that count nowhere
 MODELS = {"icnet": ICNet, "segnet": SegNet, "hourglass": StackedHourglass}
-LARGEST_PICTURE = 100_000_000       # pixels; a header that claims more is refused before anything is allocated
+MOST_PIXELS = 100_000_000               # a header that claims more is refused, nothing allocated
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FIGURES = dict(miou="mIoU", accuracy="accuracy", f1="F1, mean over classes",
+               body_f1="F1, body against background", body_precision="precision, body",
+               body_recall="recall, body", precision="precision, mean over classes",
+               recall="recall, mean over classes", class_accuracy="accuracy, mean over classes")
 
 
 class Problem(Exception):
-    """Something the user can mend, as one sentence that names the value and the way out."""
+    """Something the user can mend: one sentence that names the value and the way out."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with defaults, no abbreviated options, and errors of one line with exit status 2."""
+    """Help with defaults, no abbreviated options, errors of one line with exit status 2."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False, **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def write_atomically(path, function):
-    """Calls function(binary file) on a temporary file beside `path` and renames it: the file is whole or not there."""
+    """function(binary file) writes beside `path`, then a rename: the file is whole or absent."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            os.chmod(temporary, 0o644)          # mkstemp's 0600 would keep colleagues out
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep colleagues out
             function(file)
             file.flush()
             os.fsync(file.fileno())
@@ -65,138 +77,122 @@ def write_atomically(path, function):
         raise
 
 
-# ---------------------------------------------------------------- prepared data
+# ------------------------------------------------------------------------------- prepared data
 
 def check_classes(classes):
-    """Checks the content of a classes.json (types, lengths, ranges) and returns it. Raises Problem with what is wrong."""
+    """The content of a classes.json, checked: types, lengths, ranges. Raises Problem."""
+    def is_list(values, length, kinds, low, high):
+        return (isinstance(values, list) and len(values) == length
+                and all(type(value) in kinds and low <= value <= high for value in values))
+
+    def is_mirror(values, length):
+        return is_list(values, length, (int,), 0, length - 1) and all(
+            values[there] == here for here, there in enumerate(values))
+
     def need(holds, sentence):
         if not holds:
-            raise Problem(f"the description of the classes is unusable: {sentence}")
+            raise Problem(f"the description of the classes is wrong: {sentence}")
 
-    def whole(value, low, high):
-        return type(value) is int and low <= value <= high
-
-    def involution(values, length):
-        return (type(values) is list and len(values) == length
-                and all(whole(v, 0, length - 1) for v in values)
-                and all(values[v] == i for i, v in enumerate(values)))
-
-    need(type(classes) is dict, "it is not a dictionary")
-    kinds = dict(names=list, palette=list, mirror=list, groups=dict, pixels=list, size=int, mean=list, std=list, source=str)
-    for key, kind in kinds.items():
-        need(type(classes.get(key)) is kind, f"`{key}` is missing or no {kind.__name__}")
-    names = classes["names"]
+    need(isinstance(classes, dict), "it is no dictionary")
+    names, size, source, groups, palette, joints = (
+        classes.get(key) for key in ("names", "size", "source", "groups", "palette", "joint_mirror"))
+    need(isinstance(names, list) and 2 <= len(names) < IGNORE and len(set(map(str, names))) == len(
+        names) and all(isinstance(name, str) and 0 < len(name) <= 60 for name in names),
+        f"`names` needs 2 to {IGNORE - 1} different strings of 1 to 60 characters")
     K = len(names)
-    need(2 <= K <= IGNORE, f"{K} class names, 2 to {IGNORE} are possible")
-    need(all(type(name) is str and 0 < len(name) <= 60 for name in names) and len(set(names)) == K,
-         "`names` needs distinct strings of 1 to 60 characters")
-    need(len(classes["palette"]) == K and all(
-        type(colour) is list and len(colour) == 3 and all(whole(v, 0, 255) for v in colour)
-        for colour in classes["palette"]), f"`palette` needs {K} colours of three numbers from 0 to 255")
-    need(involution(classes["mirror"], K), f"`mirror` needs {K} ids that, applied twice, change nothing")
-    for name, members in classes["groups"].items():
-        need(type(members) is list and len(members) > 0 and all(whole(v, 0, K - 1) for v in members),
-             f"the group {name!r} needs a list of ids from 0 to {K - 1}")
-    joint_mirror = classes.get("joint_mirror", [])
-    need(type(joint_mirror) is list and involution(joint_mirror, len(joint_mirror)),
-         "`joint_mirror` needs ids that, applied twice, change nothing")
-    need(len(classes["pixels"]) == K and all(whole(v, 0, 2 ** 62) for v in classes["pixels"]),
-         f"`pixels` needs {K} whole numbers from 0")
-    need(whole(classes["size"], 8, 8192), "`size` must lie between 8 and 8192")
-    for key, low in (("mean", 0), ("std", 1e-6)):
-        need(len(classes[key]) == 3 and all(type(v) in (int, float) and low <= v <= 1 for v in classes[key]),
-             f"`{key}` needs three numbers between 0 and 1")
+    need(isinstance(palette, list) and len(palette) == K and all(
+        is_list(colour, 3, (int,), 0, 255) for colour in palette), f"`palette` needs {K} RGB colours")
+    need(is_mirror(classes.get("mirror"), K), f"`mirror` needs {K} ids; twice it changes nothing")
+    need(joints is None or isinstance(joints, list) and is_mirror(joints, len(joints)),
+         "`joint_mirror` needs ids; twice it changes nothing")
+    need(isinstance(groups, dict) and all(isinstance(ids, list) and ids and is_list(
+        ids, len(ids), (int,), 0, K - 1) for ids in groups.values()),
+        f"`groups` needs lists of ids from 0 to {K - 1}")
+    need(is_list(classes.get("pixels"), K, (int,), 0, 2**62), f"`pixels` needs {K} counts")
+    need(is_list([size], 1, (int,), 8, 8192), "`size` must lie between 8 and 8192")
+    need(is_list(classes.get("mean"), 3, (int, float), 0, 1)
+         and is_list(classes.get("std"), 3, (int, float), 1e-6, 1),
+         "`mean` and `std` need three numbers between 0 and 1, `std` above 0")
+    need(isinstance(source, str), "`source` needs words that say where the frames came from")
     return classes
 
 
 def read_classes(data):
-    """The checked content of DATA/classes.json. Raises Problem where the folder is missing, unfinished or wrong."""
+    """The content of DATA/classes.json. Raises Problem: folder missing, unfinished or wrong."""
     path = Path(data) / "classes.json"
-    if not Path(data).is_dir():
-        raise Problem(f"there is no folder {data}; prepare_surreal.py makes one, --data names another")
+    if not path.parent.is_dir():
+        raise Problem(f"there is no folder {data}: prepare_surreal.py makes one, --data names one")
     if not path.is_file():
-        raise Problem(f"{data} has no classes.json, so it is unfinished or no prepared folder; "
-                      "run prepare_surreal.py again to finish it, or name another with --data")
+        raise Problem(f"{data} has no classes.json, so it is unfinished or no prepared folder: "
+                      "repeat the command of prepare_surreal.py, or name another with --data")
     try:
-        return check_classes(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise Problem(f"{path} cannot be read: {error}") from error
-    except Problem as problem:
-        raise Problem(f"{path}: {problem}") from problem
+        return check_classes(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError, Problem) as error:
+        raise Problem(f"{path} cannot be used: {error}") from error
 
 
 def open_picture(path, size=None):
-    """A decoded PIL image. With `size`, its (width, height) must be that. Raises Problem naming the file."""
+    """A decoded PIL image, of (width, height) `size` where given. Raises Problem naming the file."""
     try:
         with Image.open(path) as image:
-            if size is not None and image.size != size:
-                raise Problem(f"{path} is {image.width} x {image.height} pixels, {size[0]} x {size[1]} are expected")
-            if image.width * image.height > LARGEST_PICTURE:
-                raise Problem(f"{path} says it has {image.width} x {image.height} pixels, which is refused")
+            if size and image.size != size:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, not {size[0]} x {size[1]}")
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than is accepted")
             image.load()
             return image
-    except Problem:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Problem(f"{path} says it has more pixels than are accepted, which is refused") from error
-    except Exception as error:          # Pillow answers garbled files with whatever its parser stumbled over
-        reason = str(error).replace(str(path), "").strip(" '\"") or type(error).__name__
-        raise Problem(f"{path} cannot be read: {reason}") from error
+    except Exception as error:          # Pillow lets through whatever a parser stumbled over
+        reason = str(error).replace(repr(str(path)), "").strip() or type(error).__name__
+        raise Problem(f"{path} cannot be used: {reason}") from error
 
 
 class Split:
-    """The frames of one split of a prepared folder; no image is opened before it is loaded.
+    """The frames of one split of a prepared folder; no file is opened before it is needed.
 
-    size: side to which images are resized (default: as prepared). Labels keep the prepared size, at which all
-    metrics are taken, unless `labels_at_size` (training) brings them, nearest neighbour, to the images' size.
+    size: side to which images are resized (default: as prepared). Labels keep the prepared size,
+    at which metrics are taken, unless `labels_at_size` (training) brings them to the images'.
     Raises Problem for a missing or empty split and for an image without label.
     """
 
     def __init__(self, data, split, classes, size=None, labels_at_size=False):
-        self.folder = Path(data) / split
-        self.num_classes, self.prepared = len(classes["names"]), classes["size"]
-        self.size = size or self.prepared
+        self.folder, self.num_classes = Path(data) / split, len(classes["names"])
+        self.prepared, self.size = classes["size"], size or classes["size"]
         self.label_size = self.size if labels_at_size else self.prepared
-        if not (self.folder / "images").is_dir():
-            raise Problem(f"{data} has no split {split!r}: there is no folder {self.folder / 'images'}")
-        self.frames = sorted(name[:-4] for name in os.listdir(self.folder / "images") if name.endswith(".jpg"))
+        images, labels = self.folder / "images", self.folder / "labels"
+        self.frames = sorted(path.stem for path in images.glob("*.jpg"))
         if not self.frames:
-            raise Problem(f"the split {split!r} of {data} is empty: no .jpg in {self.folder / 'images'}")
-        labels = set(os.listdir(self.folder / "labels")) if (self.folder / "labels").is_dir() else set()
-        for frame in self.frames:
-            if frame + ".png" not in labels:
-                raise Problem(f"{self.folder / 'images' / frame}.jpg has no label {self.folder / 'labels' / frame}.png")
+            raise Problem(f"{data} has no split {split!r}: there is no .jpg in {images}")
+        missing = set(self.frames) - {path.stem for path in labels.glob("*.png")}
+        if missing:
+            raise Problem(f"{images / min(missing)}.jpg has no label {labels / min(missing)}.png")
         self.has_joints = (self.folder / "joints.npz").is_file()
         self.joints = None              # (frames, J, 2), read when first needed
 
     def load(self, indices):
-        """A batch: images (B, 3, S, S) uint8 (channels last in memory), labels (B, L, L) uint8, frames, and, where the
-        split has them, joints (B, J, 2) float32 in pixels of the loaded images. Raises Problem naming a bad file."""
-        frames = [self.frames[i] for i in indices]
-        images, labels = zip(*(self.load_frame(frame) for frame in frames))
-        batch = dict(images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+        """A batch: images (B, 3, S, S) uint8, labels (B, L, L) uint8, frames and, where known,
+        joints (B, J, 2) float32 in pixels of the loaded images. Raises Problem naming the file."""
+        frames = [self.frames[index] for index in indices]
+        images, labels = zip(*map(self.load_frame, frames))
+        batch = dict(images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),  # channels last
                      labels=torch.from_numpy(np.stack(labels)), frames=frames)
-        if self.has_joints:
-            scale = self.size / self.prepared
-            joints = (self.read_joints()[list(indices)] + 0.5) * scale - 0.5        # a joint lies on a pixel's centre
+        if self.has_joints:             # whole numbers are the centres of pixels
+            joints = (self.read_joints()[list(indices)] + 0.5) * self.size / self.prepared - 0.5
             batch["joints"] = torch.from_numpy(joints.astype(np.float32))
         return batch
 
     def load_frame(self, frame):
-        prepared = (self.prepared, self.prepared)
+        path, prepared = self.folder / "labels" / f"{frame}.png", (self.prepared, self.prepared)
         image = open_picture(self.folder / "images" / f"{frame}.jpg", prepared).convert("RGB")
-        label = open_picture(self.folder / "labels" / f"{frame}.png", prepared)
+        label = open_picture(path, prepared)
         if label.mode not in ("P", "L"):
-            raise Problem(f"{self.folder / 'labels' / frame}.png has mode {label.mode}; a label is a palette image")
+            raise Problem(f"{path} is no palette image but of mode {label.mode}")
         if self.size != self.prepared:
-            image = image.resize((self.size, self.size), Image.BILINEAR)            # Pillow averages when shrinking
-        if self.label_size != self.prepared:
-            label = label.resize((self.label_size, self.label_size), Image.NEAREST)
-        label = np.array(label)
-        beyond = label[(label >= self.num_classes) & (label != IGNORE)]
-        if beyond.size:
-            raise Problem(f"{self.folder / 'labels' / frame}.png has the label {beyond[0]}; "
-                          f"0 to {self.num_classes - 1} and {IGNORE} (ignore) are possible")
+            image = image.resize((self.size, self.size), Image.BILINEAR)   # averages when shrinking
+        label = np.asarray(label.resize((self.label_size, self.label_size), Image.NEAREST))
+        unknown = label[(label >= self.num_classes) & (label != IGNORE)]
+        if unknown.size:
+            raise Problem(f"{path} has the label {unknown[0]}; 0 to {self.num_classes - 1} and "
+                          f"{IGNORE} (ignore) are possible")
         return np.asarray(image), label
 
     def read_joints(self):
@@ -204,19 +200,20 @@ class Split:
             path = self.folder / "joints.npz"
             try:
                 with np.load(path, allow_pickle=False) as stored:
-                    rows = {str(frame): row for row, frame in enumerate(stored["frames"])}
-                    joints = np.asarray(stored["joints"], dtype=np.float32)
-                if joints.ndim != 3 or joints.shape[2] != 2 or len(rows) != len(joints):
-                    raise ValueError(f"joints of shape {joints.shape} for {len(rows)} frames")
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                raise Problem(f"{path} cannot be read: {error}") from error
-            joints = np.concatenate([joints, np.full((1,) + joints.shape[1:], np.nan, np.float32)])
-            self.joints = joints[[rows.get(frame, -1) for frame in self.frames]]    # -1: the row of NaN
+                    frames, joints = stored["frames"].tolist(), stored["joints"].astype(np.float32)
+                if joints.shape != (len(frames), joints.shape[1], 2):
+                    raise ValueError(f"joints of shape {joints.shape} for {len(frames)} frames")
+            except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+                raise Problem(f"{path} cannot be used: {error}") from error
+            row = {frame: index for index, frame in enumerate(frames)}
+            joints = np.concatenate([joints, np.full_like(joints[:1], np.nan)])
+            self.joints = joints[[row.get(frame, len(frames)) for frame in self.frames]]
         return self.joints
 
 
 class Batches(Dataset):
-    """Item i is split.load(chunks[i]); a Problem comes back as a value, since DataLoader would wrap it in a traceback."""
+    """Item i is split.load(chunks[i]). A Problem comes back as a value: raised in a worker, it would
+    arrive as a traceback."""
 
     def __init__(self, split, chunks):
         self.split, self.chunks = split, chunks
@@ -232,7 +229,7 @@ class Batches(Dataset):
 
 
 def stream(batches, start, stop, workers, device):
-    """Batches start ... stop - 1 in order, their tensors on `device`. Raises Problem for bad data or a dead worker."""
+    """Batches start .. stop - 1 in order, tensors on `device`. Raises Problem: bad data, dead worker."""
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
                         pin_memory=device.type == "cuda")
     try:
@@ -244,38 +241,33 @@ def stream(batches, start, stop, workers, device):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise Problem("a data worker died, perhaps for want of memory; fewer --workers need less") from error
-
-
-def chunks_of(count, batch_size):
-    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        raise Problem("a data worker died, perhaps of too little memory: try fewer --workers") from error
 
 
 def normalise(images, classes):
-    """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, channels last, in one pass over memory."""
-    mean, std = (torch.tensor(classes[key], dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
+    """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, channels last, in one pass."""
+    mean, std = (torch.tensor(classes[key], device=images.device).view(1, 3, 1, 1)
                  for key in ("mean", "std"))
-    images = torch.addcmul(-mean / std, images, 1 / (255 * std))
-    return images.contiguous(memory_format=torch.channels_last)
+    return torch.addcmul(-mean / std, images, 1 / (255 * std)).contiguous(
+        memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------- devices and checkpoints
+# --------------------------------------------------------------------- devices and checkpoints
 
 def pick_device(name="auto"):
-    """torch.device for --device; "auto" is the GPU where CUDA finds one. Raises Problem for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """torch.device; "auto" is CUDA's where there is one. Raises Problem for one that is not there."""
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else (
+            torch.device(name))
+        torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise Problem(f"--device {name} cannot be used: {reason}; try auto or cpu") from error
+        raise Problem(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
+                      "auto and cpu always can") from error
 
 
 def pick_precision(device, name="auto"):
-    """"fp32" or "bf16"; "auto" takes bf16 where the hardware multiplies it, since elsewhere it is slower than fp32."""
+    """"fp32" or "bf16"; "auto": bf16 where the hardware multiplies it, else it would be slower."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -288,236 +280,585 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def load_checkpoint(path):
-    """The checked dictionary of a checkpoint (tensors on the CPU). Nothing in the file is ever run: weights_only.
+def find_checkpoint(root="runs"):
+    """The newest best.pt under `root`, else the newest last.pt. Raises Problem where there is none."""
+    for name in ("best.pt", "last.pt"):
+        found = [path for path in Path(root).rglob(name) if path.is_file()]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise Problem(f"there is no best.pt or last.pt under {root}: train a network first (python "
+                  "train.py --model segnet --quick) or name a checkpoint, --ckpt PATH")
 
-    Raises Problem for a missing or truncated file, one that is no checkpoint of ours, a pickle that would run code.
+
+def load_checkpoint(path):
+    """A checkpoint's dictionary, checked, tensors on the CPU. weights_only: no code in it is ever run.
+
+    Raises Problem: missing, truncated, not a checkpoint of ours, a pickle that would run code.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise Problem(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):
-        raise Problem(f"{path} is truncated or no checkpoint; try best.pt or last.pt beside it, or an older copy")
+        raise Problem(f"{path} is truncated or no checkpoint: try best.pt or last.pt beside it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:          # a garbled pickle can raise anything; none of it is executed
-        if "GLOBAL" in str(error) or "weights_only" in str(error):
-            raise Problem(f"{path} is refused: it holds Python objects that could run code when loaded") from error
-        raise Problem(f"{path} is damaged or no checkpoint; try best.pt or last.pt beside it") from error
+    except Exception as error:          # a garbled pickle can raise anything
+        if "GLOBAL" in str(error):
+            raise Problem(f"{path} is refused: it holds more than plain values and tensors, and "
+                          "loading that could run code") from error
+        raise Problem(f"{path} is damaged: try best.pt or last.pt beside it") from error
     kinds = dict(model=str, kwargs=dict, weights=dict, step=int, classes=dict, settings=dict)
-    wrong = ([key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
-             if isinstance(checkpoint, dict) else list(kinds))
+    wrong = [key for key, kind in kinds.items()
+             if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), kind))]
     if wrong:
-        raise Problem(f"{path} is no checkpoint of this project: {', '.join(wrong)} missing or of the wrong type")
-    if checkpoint["model"] not in MODELS:
-        raise Problem(f"{path} holds a network {checkpoint['model']!r}; known are {', '.join(MODELS)}")
+        raise Problem(f"{path} is no checkpoint of train.py: no usable {', '.join(wrong)}")
+    size, weights = checkpoint["settings"].get("size"), checkpoint.get("logit_weights")
     try:
         K = len(check_classes(checkpoint["classes"])["names"])
+        if checkpoint["model"] not in MODELS:
+            raise Problem(f"its network {checkpoint['model']!r} is none of {', '.join(MODELS)}")
+        if checkpoint["kwargs"].get("num_classes", 25) != K:
+            raise Problem(f"its network has other classes than the {K} it describes")
+        if weights is not None and not (isinstance(weights, list) and len(weights) == K and all(
+                isinstance(weight, float) and math.isfinite(weight) for weight in weights)):
+            raise Problem(f"`logit_weights` needs {K} finite numbers")
+        if size is not None and not (isinstance(size, int) and 8 <= size <= 8192):
+            raise Problem("`size` in its settings must lie between 8 and 8192")
     except Problem as problem:
-        raise Problem(f"{path}: {problem}") from problem
-    weights = checkpoint.get("logit_weights")
-    size = checkpoint["settings"].get("size")
-    if checkpoint["kwargs"].get("num_classes", 25) != K:
-        raise Problem(f"{path}: the network has other classes than the {K} of its `classes`")
-    if weights is not None and not (type(weights) is list and len(weights) == K and all(
-            type(w) is float and math.isfinite(w) for w in weights)):
-        raise Problem(f"{path}: `logit_weights` needs {K} finite numbers")
-    if size is not None and not (type(size) is int and 8 <= size <= 8192):
-        raise Problem(f"{path}: `size` in its settings must lie between 8 and 8192")
+        raise Problem(f"{path} cannot be used: {problem}") from problem
     return checkpoint
 
 
 def build_model(checkpoint):
-    """The checkpoint's network on the CPU, in eval() mode. Weights of parts that only training uses may be missing.
+    """The checkpoint's network on the CPU, in eval() mode. Weights that only training uses may lack.
 
-    Built on the "meta" device first, so weights that do not fit are found before memory is spent on them.
+    Built on the "meta" device first: what does not fit is found before memory is spent on it.
     """
     kind, kwargs = MODELS[checkpoint["model"]], checkpoint["kwargs"]
     try:
         with torch.device("meta"):
-            expected = kind(**kwargs).state_dict()
+            shapes = {name: tensor.shape for name, tensor in kind(**kwargs).state_dict().items()
+                      if not name.startswith(kind.training_only)}
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise Problem(f"the checkpoint's network cannot be built with {kwargs}: {error}") from error
-    used = {name for name in expected if not name.startswith(kind.training_only)}
+        raise Problem(f"a {checkpoint['model']} cannot be built with {kwargs}: {error}") from error
     weights = {name: tensor for name, tensor in checkpoint["weights"].items()
-               if not str(name).startswith(kind.training_only)}
-    for name in sorted(used | weights.keys(), key=str):
-        if not (name in used and torch.is_tensor(weights.get(name)) and weights[name].shape == expected[name].shape):
-            raise Problem(f"the checkpoint's weights do not fit its network {checkpoint['model']}: {name} is "
-                          "missing, surplus or of another shape")
+               if not name.startswith(kind.training_only)}
+    for name in shapes | weights:
+        if getattr(weights.get(name), "shape", None) != shapes.get(name, ()):
+            raise Problem(f"the weights are not those of a {checkpoint['model']} with {kwargs}: "
+                          f"{name} is missing, unknown or of another shape")
     model = kind(**kwargs)
     model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
-def find_checkpoint(root="runs"):
-    """The newest best.pt under runs/, else the newest last.pt. Raises Problem where there is none."""
-    for name in ("best.pt", "last.pt"):
-        found = [path for path in Path(root).rglob(name) if path.is_file()]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
-    raise Problem(f"there is no best.pt or last.pt under {root}/; train a network first (python train.py --model segnet) "
-                  "or name a checkpoint: --ckpt PATH")
-
-
-# ---------------------------------------------------------------- predictions and what is counted
+# ------------------------------------------------------------------- predictions and metrics
 
 @torch.no_grad()
 def predict(model, images, size, logit_weights=None):
-    """images (B, 3, H, W) normalised -> prediction (B, *size) int64 and logits (B, K, *size) float32.
+    """images (B, 3, H, W) normalised -> prediction (B, *size) int64, logits (B, K, *size) float32.
 
-    logits are resized bilinearly where `size` is another than theirs. `logit_weights` (K floats): the network was trained
-    with direct weighting, softmax(x w), and predicts from x w; the logits returned are x.
+    logit_weights (K floats): the loss trained softmax(x w), so the prediction is argmax of x w,
+    x being the logits returned. .max(1), not .argmax(1), which is four times slower on the CPU.
     """
     logits = model(images).float()
-    if tuple(logits.shape[2:]) != tuple(size):
+    if logits.shape[2:] != tuple(size):
         logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-    scores = logits if logit_weights is None else logits * logits.new_tensor(logit_weights).view(1, -1, 1, 1)
-    return scores.argmax(1), logits
+    if logit_weights is None:
+        return logits.max(1).indices, logits
+    return (logits * logits.new_tensor(logit_weights).view(1, -1, 1, 1)).max(1).indices, logits
 
 
 def confusion_matrices(prediction, labels, K):
-    """(B, H, W) int64 predictions and uint8 labels -> (B, K, K) int64, [image, true, predicted], 255 left out.
+    """(B, H, W) int64 and uint8 -> (B, K, K) int64, [image, true, predicted], without label 255.
 
-    One bincount: ignored pixels fall into a row K of their own, which is cut off.
+    One bincount; ignored pixels fall into a row K of their own, which is cut off.
     """
     B = len(labels)
-    rows = labels.clamp(max=K).to(torch.int64).view(B, -1)
-    rows += torch.arange(B, device=labels.device).view(B, 1) * (K + 1)
-    cells = rows.mul_(K).add_(prediction.view(B, -1))
+    cells = labels.clamp(max=K).to(torch.int64).view(B, -1)
+    cells += (K + 1) * torch.arange(B, device=labels.device).view(B, 1)
+    cells.mul_(K).add_(prediction.reshape(B, -1))
     return torch.bincount(cells.view(-1), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
 
 
 def evaluate_split(model, split, classes, device, precision, batch_size, workers, logit_weights=None):
-    """One confusion matrix per frame of `split`: (N, K, K) int64 on the CPU, in the order of split.frames.
+    """One confusion matrix per frame, (N, K, K) int64 on the CPU, in the order of split.frames.
 
-    model: on `device`, in eval() mode. classes: for the normalisation, so those of the checkpoint.
-    Returns (confusions, raw): raw (K, K) is the total of the authors' reading of direct weighting (the argmax of the
-    logits as they are), None without `logit_weights`.
+    model: on `device`, eval(). classes: the checkpoint's, whose mean and std its network knows.
+    Also returns, with logit_weights only, the (K, K) total of the authors' reading of direct
+    weighting, the argmax of the logits as they are; else None.
     """
-    K = len(classes["names"])
-    parts, raw = [], None if logit_weights is None else 0
-    batches = Batches(split, chunks_of(len(split.frames), batch_size))
-    with tqdm(total=len(split.frames), unit="image", disable=None, leave=False) as bar:
-        for batch in stream(batches, 0, len(batches), workers, device):
-            labels = batch["labels"]
+    K, N = len(classes["names"]), len(split.frames)
+    chunks = [range(start, min(start + batch_size, N)) for start in range(0, N, batch_size)]
+    confusions, raw = [], []
+    with tqdm(total=N, unit="image", disable=None, leave=False) as bar:
+        for batch in stream(Batches(split, chunks), 0, len(chunks), workers, device):
+            labels, images = batch["labels"], normalise(batch["images"], classes)
             with autocast(device, precision):
-                prediction, logits = predict(model, normalise(batch["images"], classes), labels.shape[1:], logit_weights)
-            parts.append(confusion_matrices(prediction, labels, K))
+                prediction, logits = predict(model, images, labels.shape[1:], logit_weights)
+            confusions.append(confusion_matrices(prediction, labels, K))
             if logit_weights is not None:
-                raw = raw + confusion_matrices(logits.argmax(1), labels, K).sum(0)
+                raw.append(confusion_matrices(logits.max(1).indices, labels, K).sum(0))
             bar.update(len(labels))
-    return torch.cat(parts).cpu(), raw if raw is None else raw.cpu()
-
-
-# ---------------------------------------------------------------- metrics
-
-def ratio(numerator, denominator):
-    """numerator / denominator, NaN (skipped by nanmean) where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
-
-
-def mean_known(values):
-    """Mean over the last axis without NaN; NaN where nothing is known."""
-    known = ~np.isnan(values)
-    return ratio(np.where(known, values, 0).sum(-1), known.sum(-1))
+    return torch.cat(confusions).cpu(), sum(raw).cpu() if raw else None
 
 
 def scores(confusion):
-    """All figures from (..., K, K) matrices: dict of (...) arrays and, for the classes, (..., K) arrays; NaN: not defined.
+    """(..., K, K) matrices -> dict of (...) arrays and, for each class, (..., K) arrays; NaN: unknown.
 
-    IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) of a class count where it occurs in truth or prediction,
-    precision where it was predicted, recall (which is its accuracy) where it occurs in the truth.
-    body_*: every class but 0, background, taken as one.
+    IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) of a class count where it occurs in
+    truth or prediction, precision where it was predicted, recall (its accuracy) where it is true.
+    body_*: all classes but 0, the background, taken as one.
     """
+    def ratio(part, whole):
+        return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
+
+    def mean(values):
+        return ratio(np.nansum(values, -1), np.sum(~np.isnan(values), -1))
+
     confusion = np.asarray(confusion, dtype=np.float64)
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, predicted = confusion.sum(-1), confusion.sum(-2)
-    iou, f1 = ratio(right, true + predicted - right), ratio(2 * right, true + predicted)
-    precision, recall = ratio(right, predicted), ratio(right, true)
-    body, body_true, body_predicted = confusion[..., 1:, 1:].sum((-2, -1)), true[..., 1:].sum(-1), predicted[..., 1:].sum(-1)
-    return dict(miou=mean_known(iou), accuracy=ratio(right.sum(-1), true.sum(-1)), f1=mean_known(f1),
-                body_f1=ratio(2 * body, body_true + body_predicted), body_precision=ratio(body, body_predicted),
-                body_recall=ratio(body, body_true), precision=mean_known(precision), recall=mean_known(recall),
-                class_accuracy=mean_known(recall), per_class=dict(iou=iou, f1=f1, precision=precision, recall=recall))
+    body = confusion[..., 1:, 1:].sum((-2, -1))
+    body_true, body_predicted = true[..., 1:].sum(-1), predicted[..., 1:].sum(-1)
+    classes = dict(iou=ratio(right, true + predicted - right), f1=ratio(2 * right, true + predicted),
+                   precision=ratio(right, predicted), recall=ratio(right, true))
+    return dict(miou=mean(classes["iou"]), accuracy=ratio(right.sum(-1), true.sum(-1)),
+                f1=mean(classes["f1"]), body_f1=ratio(2 * body, body_true + body_predicted),
+                body_precision=ratio(body, body_predicted), body_recall=ratio(body, body_true),
+                precision=mean(classes["precision"]), recall=mean(classes["recall"]),
+                class_accuracy=mean(classes["recall"]), per_class=classes)
 
 
 def plain(value):
-    """Arrays and NumPy numbers as lists, floats and None (for NaN), so that JSON has no NaN."""
+    """The same with lists for arrays, and None for NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
+    if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return None if math.isnan(value) else float(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics(confusion, groups=None):
-    """The figures of `scores` for one (K, K) matrix as floats or None, and `columns`: the mean accuracy of each group's
-    classes, as in the paper's Tables 2 and 5."""
-    result = scores(confusion)
-    accuracy = result["per_class"]["recall"]
-    result["columns"] = {name: mean_known(accuracy[members]) for name, members in (groups or {}).items()}
-    return plain(result)
+    """`scores` of one (K, K) matrix as floats or None, and `columns`, the mean accuracy of each
+    group's classes: the 13 columns of the paper's Tables 2 and 5."""
+    result = plain(scores(confusion))
+    accuracy, result["columns"] = result["per_class"]["recall"], {}
+    for name, ids in (groups or {}).items():
+        known = [accuracy[index] for index in ids if accuracy[index] is not None]
+        result["columns"][name] = sum(known) / len(known) if known else None
+    return result
 
 
-def resample(confusions, frames, draws=1000, seed=0):
-    """(draws, K, K) sums of the matrices of randomly drawn clips, as many as there are, with replacement; or None for
-    fewer than two clips. Whole clips, since the frames of one clip (its name without _ddd) are much alike."""
-    clips = np.unique([frame.rpartition("_")[0] or frame for frame in frames], return_inverse=True)[1]
-    count = clips.max(initial=-1) + 1
-    if count < 2:
-        return None
-    confusions = np.asarray(confusions)
-    per_clip = np.zeros((count, *confusions.shape[1:]))
-    np.add.at(per_clip, clips, confusions)
-    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
-    return (times.astype(np.float64) @ per_clip.reshape(count, -1)).reshape(draws, *confusions.shape[1:])
+def resampled(confusions, frames, draws, seed):
+    """`scores` of `draws` sums over clips drawn with replacement, or None below two clips. Clips (a
+    frame's name without _ddd), since the frames of one are much alike (bootstrap, Efron 1979)."""
+    clips = np.unique([frame.rpartition("_")[0] for frame in frames], return_inverse=True)[1]
+    C = clips.max(initial=0) + 1
+    per_clip = np.zeros((C, confusions[0].numel()))
+    np.add.at(per_clip, clips, confusions.reshape(len(clips), -1).numpy())
+    times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
+    return scores((times @ per_clip).reshape(-1, *confusions.shape[1:])) if C > 1 else None
+
+
+def half_width(values):
+    return float(np.subtract(*np.nanpercentile(values, (97.5, 2.5))) / 2)
 
 
 def bootstrap(confusions, frames, draws=1000, seed=0):
-    """Half widths of the 95 % intervals of every figure, by bootstrap over clips (Efron 1979, percentile method)."""
-    totals = resample(confusions, frames, draws, seed)
-    if totals is None:
-        return {}
-    return {key: plain(np.subtract(*np.nanpercentile(values, (97.5, 2.5))) / 2)
-            for key, values in scores(totals).items() if key != "per_class"}
+    """Figure -> half width of its 95 % interval, over clips; empty for fewer than two clips."""
+    drawn = resampled(confusions, frames, draws, seed)
+    return {key: half_width(drawn[key]) for key in FIGURES} if drawn else {}
+
+
+def paired_difference(one, other, frames, draws=1000, seed=0):
+    """mIoU of `one` minus that of `other` on the same frames, and the half width of its 95 % interval
+    over clips (infinite for fewer than two clips): both networks meet the same drawn clips."""
+    difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
+    drawn = [resampled(confusions, frames, draws, seed) for confusions in (one, other)]
+    if drawn[0] is None:
+        return difference, math.inf
+    return difference, half_width(drawn[0]["miou"] - drawn[1]["miou"])
+
+
+def left_right(confusion, classes):
+    """How much of the error is a left part taken for its right twin or the other way round."""
+    confusion, names = np.asarray(confusion), classes["names"]
+    wrong, pairs = confusion.sum() - np.trace(confusion), []
+    for a, b in enumerate(classes["mirror"]):
+        swapped, both = confusion[a, b] + confusion[b, a], confusion[[a, b]].sum()
+        if a < b and swapped:
+            pairs.append(dict(pair=f"{names[a]}/{names[b]}", of_error=float(swapped / wrong),
+                              of_pair=float(swapped / both)))
+    pairs.sort(key=lambda pair: -pair["of_error"])
+    return dict(of_error=sum(pair["of_error"] for pair in pairs), pairs=pairs)
+
+
+class TensorMemory(TorchDispatchMode):
+    """Peak of the memory of all tensors that the operations inside it make and that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and storage._cdata not in self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        return result
+
+    def release(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+def cost(model, size, batch_size, device, precision):
+    """What one network costs at `size`: parameters (those evaluation uses), multiply-adds of one image,
+    images/s, and the peak memory in bytes of weights, images and activations at `batch_size`."""
+    used = [p for name, p in model.named_parameters() if not name.startswith(model.training_only)]
+    images = torch.zeros(batch_size, 3, size, size, device=device).to(
+        memory_format=torch.channels_last)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(images[:1])
+    with autocast(device, precision):
+        with TensorMemory() as memory:
+            predict(model, images, (size, size))
+        runs, start = 0, time.perf_counter()
+        while runs < 2 or time.perf_counter() - start < 1:
+            predict(model, images, (size, size))[0].sum().item()            # .item() waits for a GPU
+            runs += 1
+        seconds = time.perf_counter() - start
+    held = sum(tensor.nbytes for tensor in [*used, *model.buffers(), images])
+    return dict(parameters=sum(p.numel() for p in used), multiply_adds=flops.get_total_flops() // 2,
+                images_per_second=runs * batch_size / seconds, peak_memory=held + memory.peak)
+
+
+# ------------------------------------------------------------------------- reports and pictures
+
+def percent(value, half=None):
+    return "-" if value is None else f"{100 * value:.1f}" + (f" +- {100 * half:.1f}" if half else "")
+
+
+def markdown(rows):
+    """A Markdown table, padded so that it reads in a terminal too; the first row is its head."""
+    rows = [[str(cell).replace("|", "/") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows) + "\n"
+
+
+def report_text(report, per_class=False):
+    """The report as Markdown: one column a network, intervals, left and right, comparisons."""
+    networks, names = report["networks"], report["classes"]
+    columns = [(n["name"], n["metrics"], n["interval"], n) for n in networks]
+    columns += [(f"{n['name']} (argmax of x)", n["raw"], {}, None) for n in networks if n["raw"]]
+    rows = [["%"] + [name for name, *_ in columns]]
+    for key, title in FIGURES.items():
+        rows.append([title] + [percent(m[key], half.get(key)) for _, m, half, _ in columns])
+    for group in columns[0][1]["columns"]:
+        rows.append([f"accuracy: {group}"] + [percent(m["columns"][group]) for _, m, *_ in columns])
+    rows.append(["", *("" for _ in columns)])
+    for key, title, unit in (("parameters", "parameters, million", 1e6),
+                             ("multiply_adds", "multiply-adds an image, billion", 1e9),
+                             ("images_per_second", "images/s", 1), ("peak_memory", "peak memory, MiB", 2**20)):
+        rows.append([title] + [f"{n['cost'][key] / unit:.2f}" if n else "" for *_, n in columns])
+    rows.append(["image size"] + [n["size"] if n else "" for *_, n in columns])
+    lines = [f"**{report['note']}**: split {report['split']} of {report['data']}, {report['images']} "
+             f"images from {report['clips']} clips; {report['device']}, {report['precision']}, "
+             f"{report['batch_size']} images at a time.\n", markdown(rows)]
+    if networks[0]["interval"]:
+        lines.append("+- is half the 95 % interval over other clips (bootstrap).")
+    if len(columns) > len(networks):
+        lines.append("argmax of x: the authors' reading of direct weighting, which trains on x w.")
+    for n in networks:
+        sides = n["left_right"]
+        lines.append(f"{n['name']}: {percent(sides['of_error'])} % of the wrong pixels confuse left and "
+                     "right" + "".join(f"; {pair['pair']} {percent(pair['of_error'])} % (that is "
+                                       f"{percent(pair['of_pair'])} % of the pair)" for pair in sides["pairs"][:3]) + ".")
+    for pair in report["comparisons"]:
+        lines.append(f"{pair['one']} against {pair['other']}: {100 * pair['difference']:+.2f} points of mIoU" + (
+            f" +- {100 * pair['half_width']:.2f}, {'more' if pair['significant'] else 'no more'} than chance over "
+            "the images" if pair["half_width"] is not None else ", from one clip, which proves nothing")
+            + ". What other training seeds would change is another matter.")
+    if per_class:
+        for n in networks:
+            table = n["metrics"]["per_class"]
+            lines += [f"\n{n['name']}, %", markdown([["class", "IoU", "F1", "precision", "accuracy"]] + [
+                [name, *map(percent, row)] for name, *row in zip(
+                    names, table["iou"], table["f1"], table["precision"], table["recall"])])]
+    return "\n".join(lines)
 
 
 def palette_image(labels, palette):
     """labels (H, W) uint8 -> a PIL palette image of 256 entries; 255, "ignore", is light grey."""
     image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8))
     entries = [value for colour in palette for value in colour]
-    image.putpalette(entries + [0] * (3 * IGNORE - len(entries)) + [224, 224, 224])
+    image.putpalette(entries + [0] * (3 * IGNORE - len(entries)) + [224] * 3)
     return image
 
 
-def write_report(folder, report):
-    """Writes report.json into `folder`."""
-    folder = Path(folder)
+def with_legend(picture, classes, ids, note):
+    """`picture` with a line of text and the colours and names of `ids` below it."""
+    font, across = ImageFont.load_default(14), max(1, picture.width // 150)
+    height = 28 + 22 * math.ceil(len(ids) / across)
+    sheet = Image.new("RGB", (max(picture.width, 150), picture.height + height), "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((6, picture.height + 5), note, "black", font)
+    for place, index in enumerate(ids):
+        x, y = 6 + 150 * (place % across), picture.height + 28 + 22 * (place // across)
+        draw.rectangle((x, y, x + 16, y + 15), tuple(classes["palette"][index]), "gray")
+        draw.text((x + 22, y - 1), classes["names"][index], "black", font)
+    return sheet
+
+
+def draw_examples(runs, classes, note, device, precision):
+    """Photos, ground truth and one row a network, for the best, median and worst images by their own
+    mIoU (mean over the networks)."""
+    own = np.mean([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs], axis=0)
+    order, N = np.argsort(-own, kind="stable"), len(own)
+    ranks = sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))
+    frames, side, left, font = order[ranks], 224, 150, ImageFont.load_default(14)
+    rows = []
+    for run in runs:
+        batch = run["split"].load(frames)
+        with autocast(device, precision):
+            images = normalise(batch["images"].to(device), run["checkpoint"]["classes"])
+            prediction = predict(run["model"].to(device), images, batch["labels"].shape[1:],
+                                 run["checkpoint"].get("logit_weights"))[0].cpu()
+        rows.append((run["name"], [palette_image(p, classes["palette"]) for p in prediction],
+                     [f"mIoU {percent(value)}" for value in plain(scores(run["confusions"])["miou"][frames])]))
+    titles = ["best" if rank < min(2, N / 3) else "worst" if rank >= N - min(2, N / 3) else "median" for rank in ranks]
+    photos = [Image.fromarray(image) for image in batch["images"].permute(0, 2, 3, 1).numpy()]
+    rows = [("photo", photos, titles), ("ground truth", [palette_image(label, classes["palette"])
+            for label in batch["labels"]], [run["split"].frames[i][-28:] for i in frames])] + rows
+    sheet = Image.new("RGB", (left + (side + 6) * len(frames), (side + 26) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (name, tiles, texts) in enumerate(rows):
+        draw.text((6, (side + 26) * y + side // 2), name[:20], "black", font)
+        for x, (tile, text) in enumerate(zip(tiles, texts)):
+            corner = left + (side + 6) * x, (side + 26) * y
+            sheet.paste(tile.convert("RGB").resize((side, side)), corner)
+            draw.text((corner[0], corner[1] + side + 3), text, "black", font)
+    return with_legend(sheet, classes, range(len(classes["names"])), note)
+
+
+def draw_confusion(file, network, classes, note):
+    """The confusion matrix in percent of each true class, with the names, as a PNG into `file`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    confusion, names = np.array(network["confusion"], dtype=float), classes["names"]
+    share, ids = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1), range(len(names))
+    figure = Figure(figsize=(3 + 0.36 * len(ids), 3 + 0.34 * len(ids)), dpi=110, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(ids, names, rotation=90)
+    axes.set_yticks(ids, names)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{network['name']}: % of the pixels of each true class\n{note}")
+    for row, column in np.argwhere(share >= 0.5):
+        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=7,
+                  color="white" if share[row, column] > 60 else "black")
+    figure.savefig(file, format="png")
+
+
+def save_image(path, image):
+    write_atomically(path, lambda file: image.save(file, "PNG", optimize=True))
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_report(folder, report, runs, classes, device, precision):
+    """report.json, report.md (with all classes), the example picture and, of one network, the confusion
+    matrix. Returns the paths."""
+    folder, single = Path(folder), len(runs) == 1
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+    text = f"# {', '.join(run['name'] for run in runs)}\n\n{report_text(report, per_class=True)}\n"
+    write_json(folder / "report.json", report)
+    write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
+    picture = folder / ("examples.png" if single else "comparison.png")
+    save_image(picture, draw_examples(runs, classes, report["note"], device, precision))
+    if single:
+        write_atomically(folder / "confusion.png", lambda file: draw_confusion(
+            file, report["networks"][0], classes, report["note"]))
+    return [folder / "report.md", folder / "report.json", picture] + [folder / "confusion.png"] * single
+
+
+# --------------------------------------------------------------------------- anybody's pictures
+
+def upright_rgb(image):
+    """Any PIL image as the RGB image a viewer shows: turned by its EXIF, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):      # 16 bits of grey
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def segment_pictures(paths, checkpoint, model, device, precision, out):
+    """Writes <name>-overlay.png and <name>-labels.png of each picture into `out`. A picture that cannot be
+    read costs itself alone. Returns [{picture, overlay, labels, error}], the last three str or None."""
+    files = [file for path in map(Path, paths) for file in (sorted(
+        f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
+    classes, side = checkpoint["classes"], checkpoint["settings"].get("size") or checkpoint["classes"]["size"]
+    taken, results = {file.resolve() for file in files}, []
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for file in tqdm(files, unit="picture", disable=None, leave=False):
+        try:
+            image = upright_rgb(open_picture(file))
+        except Problem as problem:
+            results.append(dict(picture=str(file), overlay=None, labels=None, error=str(problem)))
+            continue
+        for count in itertools.count(1):                # two pictures of one name both keep theirs
+            name = file.stem if count == 1 else f"{file.stem}-{count}"
+            overlay, labels = (Path(out).resolve() / f"{name}-{kind}.png" for kind in ("overlay", "labels"))
+            if not {overlay, labels} & taken:
+                break
+        taken |= {overlay, labels}
+        fit = lambda most: [max(1, round(length * most / max(image.size))) for length in image.size]
+        small = np.array(image.resize(fit(side), Image.BILINEAR))               # the network pads itself
+        shown = image.resize(fit(min(1024, max(image.size))))
+        with autocast(device, precision):
+            images = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), classes)
+            prediction = predict(model, images, shown.size[::-1], checkpoint.get("logit_weights"))[0][0].cpu()
+        coloured = palette_image(prediction, classes["palette"])
+        mask = Image.fromarray(np.where(prediction > 0, 160, 0).astype(np.uint8))
+        save_image(labels, coloured.resize(image.size, Image.NEAREST))
+        save_image(overlay, with_legend(Image.composite(coloured.convert("RGB"), shown, mask), classes,
+                                        prediction.unique().tolist(), source_note(classes)))
+        results.append(dict(picture=str(file), overlay=str(overlay), labels=str(labels), error=None))
+    return results
+
+
+def source_note(classes):
+    """What stands on every table and picture: where the frames came from."""
+    return "stand-in, not SURREAL" if "stand-in" in classes["source"] else classes["source"][:80]
+
+
+# ----------------------------------------------------------------------------------------- main
+
+def measure(path, data, split_name, name, batch_size, workers, device, precision):
+    """One checkpoint on one split. Returns its part of the report and what pictures and comparison
+    need: dict(name, path, checkpoint, model, split, data_classes, confusions)."""
+    checkpoint = load_checkpoint(path)
+    classes, known = read_classes(data), checkpoint["classes"]
+    if classes["names"] != known["names"]:
+        raise Problem(f"the classes of {data} ({len(classes['names'])}: {', '.join(classes['names'][:3])}, ...) "
+                      f"are not those of {path} ({len(known['names'])}: {', '.join(known['names'][:3])}, ...)")
+    split = Split(data, split_name, classes, checkpoint["settings"].get("size") or known["size"])
+    model, weights = build_model(checkpoint).to(device, memory_format=torch.channels_last), checkpoint.get("logit_weights")
+    confusions, raw = evaluate_split(model, split, known, device, precision, batch_size, workers, weights)
+    total = confusions.sum(0)
+    report = dict(name=name, checkpoint=str(path), model=checkpoint["model"], kwargs=checkpoint["kwargs"],
+                  step=checkpoint["step"], size=split.size, metrics=metrics(total, classes["groups"]),
+                  interval=bootstrap(confusions, split.frames), left_right=left_right(total, classes),
+                  raw=None if raw is None else metrics(raw, classes["groups"]), confusion=total,
+                  cost=cost(model, split.size, batch_size, device, precision))
+    return plain(report), dict(name=name, path=Path(path), checkpoint=checkpoint, model=model.cpu(), split=split,
+                               classes=classes, confusions=confusions)
+
+
+def evaluate(options, paths, device, precision):
+    """Measures, prints and writes everything about the checkpoints `paths`. Returns the report."""
+    trained_on = [load_checkpoint(path)["settings"].get("data") for path in paths]
+    data = options.data or trained_on[0]
+    if data is None or (not options.data and len(set(trained_on)) > 1):
+        raise Problem(f"the checkpoints name {' and '.join(map(str, trained_on))} as their data: "
+                      "say with --data on which to measure")
+    names = [path.resolve().parent.name for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    networks, runs = zip(*(measure(path, data, options.split, name, options.batch_size, options.workers,
+                                   device, precision) for path, name in zip(paths, names)))
+    split, classes = runs[0]["split"], runs[0]["classes"]
+    pairs = [(one, other, *paired_difference(one["confusions"], other["confusions"], split.frames))
+             for one, other in itertools.combinations(runs, 2)]
+    report = plain(dict(
+        data=str(data), split=options.split, source=classes["source"], note=source_note(classes),
+        images=len(split.frames), clips=len({frame.rpartition("_")[0] for frame in split.frames}),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, precision=precision,
+        batch_size=options.batch_size, classes=classes["names"], networks=networks, comparisons=[
+            dict(one=one["name"], other=other["name"], difference=difference, half_width=half,
+                 significant=abs(difference) > half) for one, other, difference, half in pairs]))
+    print(report_text(report, options.per_class))
+    folder = options.out or (paths[0].parent / options.split if len(paths) == 1 else "runs/comparison")
+    written = write_report(folder, report, runs, classes, device, precision)
+    print("Written:", ", ".join(map(str, written)))
+    return report
+
+
+def whole(low):
+    def number(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return int(text)
+    number.__name__ = "whole number"
+    return number
+
+
+def parse(argv):
+    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--ckpt", nargs="*", type=Path, metavar="PATH", required=True,
+        help="checkpoints or run folders; several are compared; none: the newest run under runs/")
+    add("--images", nargs="+", metavar="PATH", help="segment these pictures (files, folders) instead of measuring")
+    add("--data", help="prepared folder (none: the one the network was trained on)")
+    add("--split", default="test", choices=("train", "val", "test"), help="frames to measure on")
+    add("--per-class", action="store_true", help="print the figures of every class too")
+    add("--json", metavar="FILE", help="also write everything printed to FILE")
+    add("--out", metavar="DIR", help="where reports and pictures go (none: <run>/<split>, or "
+        "runs/comparison for several networks, runs/pictures for --images)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
+        help="bf16 is faster where the hardware has it; results differ in the last digit")
+    add("--batch-size", type=whole(1), default=8, help="images at a time: memory and speed, never results")
+    add("--workers", type=whole(0), default=1, help="processes that read images; 0: none but this one")
+    options = parser.parse_args(argv)
+    if options.images and (options.data or options.per_class or len(options.ckpt) > 1):
+        parser.error("--images takes one checkpoint, and neither --data nor --per-class")
+    return options
 
 
 def main(argv=None):
-    parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--ckpt", nargs="*", default=[], metavar="PATH", help="checkpoints; none: the newest best.pt under runs/")
-    parser.add_argument("--data", help="prepared folder; none: the one the run was trained on")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="split to measure on")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 where the hardware has it")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time; more need more memory, results stay the same")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read images")
-    options = parser.parse_args(argv)
-    device = pick_device(options.device)
-    path = options.ckpt[0] if options.ckpt else find_checkpoint()
-    checkpoint = load_checkpoint(path)
-    data = options.data or checkpoint["settings"].get("data")
-    split = Split(data, options.split, read_classes(data), checkpoint["settings"].get("size"))
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    confusions, _ = evaluate_split(model, split, checkpoint["classes"], device, pick_precision(device, options.precision),
-                                   options.batch_size, options.workers, checkpoint.get("logit_weights"))
-    print(json.dumps(metrics(confusions.sum(0), checkpoint["classes"]["groups"]), indent=1))
+    """Returns the exit status: 0; 1 if a picture could not be read; 2 with one sentence if nothing could."""
+    options = parse(argv)
+    try:
+        device = pick_device(options.device)
+        precision = pick_precision(device, options.precision)
+        paths = [find_checkpoint(path) if path.is_dir() else path for path in options.ckpt or [Path("runs")]]
+        print(f"Checkpoint: {', '.join(map(str, paths))}")
+        if options.images:
+            checkpoint = load_checkpoint(paths[0])
+            model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+            results = segment_pictures(options.images, checkpoint, model, device, precision,
+                                       options.out or "runs/pictures")
+            for result in results:
+                print(result["error"] or f"{result['picture']}: {result['overlay']}, {result['labels']}")
+            report = dict(note=source_note(checkpoint["classes"]), pictures=results)
+            failed = not results or any(result["error"] for result in results)
+        else:
+            report, failed = evaluate(options, paths, device, precision), False
+        if options.json:
+            write_json(options.json, report)
+        return int(failed)
+    except Problem as problem:
+        message = str(problem)
+    except OSError as error:
+        message = f"{error.filename} cannot be written or read ({error.strerror}): --out names another folder"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = f"out of memory: try --batch-size {max(1, options.batch_size // 2)}"
+    print(f"evaluate.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
