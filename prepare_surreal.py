@@ -88,7 +88,7 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def limited(function, *job, seconds=300):
+def limited(seconds, function, *job):
     """function(*job), in a process that is ended if that takes more than `seconds` of processor time: a decoder hangs."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -98,10 +98,13 @@ def limited(function, *job, seconds=300):
     return result
 
 
-def in_parallel(function, jobs, workers):
+def in_parallel(function, jobs, workers, seconds=300):
     """Yields (job, function(*job)) as they finish; (job, None) for a job that ended its process twice (crash, hang, memory)."""
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+
     def processes(count):
-        return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
+        return ProcessPoolExecutor(count, context, start_worker)
 
     if workers == 0:
         yield from ((job, function(*job)) for job in jobs)
@@ -113,7 +116,7 @@ def in_parallel(function, jobs, workers):
             try:
                 while todo or running:
                     while todo and len(running) < 2 * workers:
-                        running[pool.submit(limited, function, *todo[0])] = todo[0]
+                        running[pool.submit(limited, seconds, function, *todo[0])] = todo[0]
                         todo.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         result = future.result()
@@ -123,7 +126,7 @@ def in_parallel(function, jobs, workers):
         for job in running.values():            # one of these ended its process: each again, alone, to find out which
             with processes(1) as pool:
                 try:
-                    result = pool.submit(limited, function, *job).result()
+                    result = pool.submit(limited, seconds, function, *job).result()
                 except BrokenProcessPool:
                     result = None
             if result is None:
