@@ -2,13 +2,13 @@
 
 Zhao, Qi, Shen, Shi & Jia, arXiv 1704.08545; layers as in hellochick/ICNet-tensorflow, which the
 paper trained (Section 3.2). Three branches look at the image at 1, 1/2 and 1/4 of its size. The
-deep network runs on the smallest; cascade feature fusion (CFF) refines it with one branch at a time:
+deep network runs on the smallest, and cascade feature fusion (CFF) refines it branch by branch:
 
     1    ─> high, to 1/8 ─────────────────────────────────────────────────┐
     1/2  ─> conv1 conv2 conv3_1, to 1/16 ──────────────────┐              v
     1/4     └─ conv3_2 conv4 conv5 pyramid, to 1/32 ─> x2 ─> CFF ─> x2 ─> CFF ─> x2
                                                        v            v            v
-    logits (B, K, ...)                     training: 1/16          1/8          1/4, x4 at evaluation
+    logits (B, K, ...)                  (1/16,         1/8,)        1/4, and x4 at evaluation
 
 Differs from the source: nothing is pretrained, hence the initialisation below, and the loss weights
 are those of the paper's authors (the source: 0.16, 0.4, 1.0). As in the source's code, 1/4 is no
@@ -25,7 +25,7 @@ PYRAMID = (1, 2, 3, 6)  # cells along each side, Zhao et al., arXiv 1612.01105
 
 
 def resize(x, factor):
-    """(B, C, H, W) -> (B, C, H factor, W factor), bilinear; the gradient is slow in bf16 on CUDA."""
+    """(B, C, H, W) -> (B, C, H factor, W factor), bilinear; in float32, as bf16 is slow on CUDA."""
     return F.interpolate(x.float(), scale_factor=factor, mode="bilinear").to(x.dtype)
 
 
