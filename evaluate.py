@@ -94,14 +94,14 @@ def check_classes(classes):
             raise Problem(f"the description of the classes is wrong: {sentence}")
 
     need(isinstance(classes, dict), "it is no dictionary")
-    names, size, source, groups, palette, joints = (
-        classes.get(key) for key in ("names", "size", "source", "groups", "palette", "joint_mirror"))
+    names, groups, palette = map(classes.get, ("names", "groups", "palette"))
+    joints = classes.get("joint_mirror")
     need(isinstance(names, list) and 2 <= len(names) < IGNORE and len(set(map(str, names))) == len(
         names) and all(isinstance(name, str) and 0 < len(name) <= 60 for name in names),
         f"`names` needs 2 to {IGNORE - 1} different strings of 1 to 60 characters")
     K = len(names)
     need(isinstance(palette, list) and len(palette) == K and all(
-        is_list(colour, 3, (int,), 0, 255) for colour in palette), f"`palette` needs {K} RGB colours")
+        is_list(colour, 3, (int,), 0, 255) for colour in palette), f"`palette` needs {K} colours")
     need(is_mirror(classes.get("mirror"), K), f"`mirror` needs {K} ids; twice it changes nothing")
     need(joints is None or isinstance(joints, list) and is_mirror(joints, len(joints)),
          "`joint_mirror` needs ids; twice it changes nothing")
@@ -109,11 +109,11 @@ def check_classes(classes):
         ids, len(ids), (int,), 0, K - 1) for ids in groups.values()),
         f"`groups` needs lists of ids from 0 to {K - 1}")
     need(is_list(classes.get("pixels"), K, (int,), 0, 2**62), f"`pixels` needs {K} counts")
-    need(is_list([size], 1, (int,), 8, 8192), "`size` must lie between 8 and 8192")
+    need(is_list([classes.get("size")], 1, (int,), 8, 8192), "`size` must lie between 8 and 8192")
     need(is_list(classes.get("mean"), 3, (int, float), 0, 1)
          and is_list(classes.get("std"), 3, (int, float), 1e-6, 1),
          "`mean` and `std` need three numbers between 0 and 1, `std` above 0")
-    need(isinstance(source, str), "`source` needs words that say where the frames came from")
+    need(isinstance(classes.get("source"), str), "`source` must say where frames came from")
     return classes
 
 
@@ -132,11 +132,11 @@ def read_classes(data):
 
 
 def open_picture(path, size=None):
-    """A decoded PIL image, of (width, height) `size` where given. Raises Problem naming the file."""
+    """A decoded PIL image, of (width, height) `size` if given. Raises Problem naming the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            image = Image.open(path)                                        # reads the header only
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # 89 million pixels
+            image = Image.open(path)    # reads the header only
         if size and image.size != size:
             raise ValueError(f"{image.width} x {image.height} pixels, not {size[0]} x {size[1]}")
         image.load()
@@ -202,7 +202,7 @@ class Split:
                     frames, joints = stored["frames"].tolist(), stored["joints"].astype(np.float32)
                 if joints.shape != (len(frames), joints.shape[1], 2):
                     raise ValueError(f"joints of shape {joints.shape} for {len(frames)} frames")
-            except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
                 raise Problem(f"{path} cannot be used: {error}") from error
             row = {frame: index for index, frame in enumerate(frames)}
             joints = np.concatenate([joints, np.full_like(joints[:1], np.nan)])
@@ -211,8 +211,8 @@ class Split:
 
 
 class Batches(Dataset):
-    """Item i is split.load(chunks[i]). A Problem comes back as a value: raised in a worker, it would
-    arrive as a traceback."""
+    """Item i is split.load(chunks[i]). A Problem is returned, not raised: raised in a worker, it
+    would arrive as a traceback."""
 
     def __init__(self, split, chunks):
         self.split, self.chunks = split, chunks
@@ -228,7 +228,7 @@ class Batches(Dataset):
 
 
 def stream(batches, start, stop, workers, device):
-    """Batches start .. stop - 1 in order, tensors on `device`. Raises Problem: bad data, dead worker."""
+    """Batches start .. stop - 1 in order, tensors on `device`. Problem: bad data, dead worker."""
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
                         pin_memory=device.type == "cuda")
     try:
@@ -240,7 +240,7 @@ def stream(batches, start, stop, workers, device):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise Problem("a data worker died, perhaps of too little memory: try fewer --workers") from error
+        raise Problem("a data worker died, maybe of little memory: try fewer --workers") from error
 
 
 def normalise(images, classes):
@@ -254,12 +254,11 @@ def normalise(images, classes):
 # --------------------------------------------------------------------- devices and checkpoints
 
 def pick_device(name="auto"):
-    """torch.device; "auto" is CUDA's where there is one. Raises Problem for one that is not there."""
+    """torch.device; "auto" is CUDA's where there is one. Raises Problem for one that is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else (
-            torch.device(name))
-        torch.zeros(1, device=device)
-        return device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise Problem(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
                       "auto and cpu always can") from error
@@ -280,7 +279,7 @@ def autocast(device, precision):
 
 
 def find_checkpoint(root="runs"):
-    """The newest best.pt under `root`, else the newest last.pt. Raises Problem where there is none."""
+    """The newest best.pt under `root`, else the newest last.pt. Raises Problem for none."""
     for name in ("best.pt", "last.pt"):
         found = [path for path in Path(root).rglob(name) if path.is_file()]
         if found:
@@ -290,7 +289,7 @@ def find_checkpoint(root="runs"):
 
 
 def load_checkpoint(path):
-    """A checkpoint's dictionary, checked, tensors on the CPU. weights_only: no code in it is ever run.
+    """A checkpoint's dictionary, checked, tensors on the CPU. weights_only: no code in it is run.
 
     Raises Problem: missing, truncated, not a checkpoint of ours, a pickle that would run code.
     """
@@ -328,7 +327,7 @@ def load_checkpoint(path):
 
 
 def build_model(checkpoint):
-    """The checkpoint's network on the CPU, in eval() mode. Weights that only training uses may lack.
+    """The checkpoint's network on the CPU, in eval(). Weights that only training uses may lack.
 
     Built on the "meta" device first: what does not fit is found before memory is spent on it.
     """
@@ -379,7 +378,8 @@ def confusion_matrices(prediction, labels, K):
     return torch.bincount(cells.view(-1), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
 
 
-def evaluate_split(model, split, classes, device, precision, batch_size, workers, logit_weights=None):
+def evaluate_split(model, split, classes, device, precision, batch_size, workers,
+                   logit_weights=None):
     """One confusion matrix per frame, (N, K, K) int64 on the CPU, in the order of split.frames.
 
     model: on `device`, eval(). classes: the checkpoint's, whose mean and std its network knows.
@@ -402,7 +402,7 @@ def evaluate_split(model, split, classes, device, precision, batch_size, workers
 
 
 def scores(confusion):
-    """(..., K, K) matrices -> dict of (...) arrays and, for each class, (..., K) arrays; NaN: unknown.
+    """(..., K, K) matrices -> dict of (...) arrays and, by class, (..., K) arrays; NaN: unknown.
 
     IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) of a class count where it occurs in
     truth or prediction, precision where it was predicted, recall (its accuracy) where it is true.
@@ -419,7 +419,8 @@ def scores(confusion):
     true, predicted = confusion.sum(-1), confusion.sum(-2)
     body = confusion[..., 1:, 1:].sum((-2, -1))
     body_true, body_predicted = true[..., 1:].sum(-1), predicted[..., 1:].sum(-1)
-    classes = dict(iou=ratio(right, true + predicted - right), f1=ratio(2 * right, true + predicted),
+    classes = dict(iou=ratio(right, true + predicted - right),
+                   f1=ratio(2 * right, true + predicted),
                    precision=ratio(right, predicted), recall=ratio(right, true))
     return dict(miou=mean(classes["iou"]), accuracy=ratio(right.sum(-1), true.sum(-1)),
                 f1=mean(classes["f1"]), body_f1=ratio(2 * body, body_true + body_predicted),
@@ -471,8 +472,8 @@ def bootstrap(confusions, frames, draws=1000, seed=0):
 
 
 def paired_difference(one, other, frames, draws=1000, seed=0):
-    """mIoU of `one` minus that of `other` on the same frames, and the half width of its 95 % interval
-    over clips (infinite for fewer than two clips): both networks meet the same drawn clips."""
+    """mIoU of `one` minus that of `other` on the same frames, and the half width of its 95 %
+    interval over clips (infinite for fewer than two): both networks meet the same drawn clips."""
     difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
     drawn = [resampled(confusions, frames, draws, seed) for confusions in (one, other)]
     if drawn[0] is None:
@@ -494,7 +495,7 @@ def left_right(confusion, classes):
 
 
 class TensorMemory(TorchDispatchMode):
-    """Peak of the memory of all tensors that the operations inside it make and that are still alive."""
+    """Measures the peak, in bytes, of all living tensors that the operations inside it made."""
 
     def __init__(self):
         super().__init__()
@@ -518,8 +519,8 @@ class TensorMemory(TorchDispatchMode):
 
 
 def cost(model, size, batch_size, device, precision):
-    """What one network costs at `size`: parameters (those evaluation uses), multiply-adds of one image,
-    images/s, and the peak memory in bytes of weights, images and activations at `batch_size`."""
+    """What a network costs at `size`: parameters (those evaluation uses), multiply-adds an image,
+    images/s, and the peak memory, in bytes, of weights, images and activations at `batch_size`."""
     used = [p for name, p in model.named_parameters() if not name.startswith(model.training_only)]
     images = torch.zeros(batch_size, 3, size, size, device=device).to(
         memory_format=torch.channels_last)
@@ -530,7 +531,7 @@ def cost(model, size, batch_size, device, precision):
             predict(model, images, (size, size))
         runs, start = 0, time.perf_counter()
         while runs < 2 or time.perf_counter() - start < 1:
-            predict(model, images, (size, size))[0].sum().item()            # .item() waits for a GPU
+            predict(model, images, (size, size))[0].sum().item()   # .item() waits for a GPU
             runs += 1
         seconds = time.perf_counter() - start
     held = sum(tensor.nbytes for tensor in [*used, *model.buffers(), images])
@@ -541,7 +542,9 @@ def cost(model, size, batch_size, device, precision):
 # ------------------------------------------------------------------------- reports and pictures
 
 def percent(value, half=None):
-    return "-" if value is None else f"{100 * value:.1f}" + (f" +- {100 * half:.1f}" if half else "")
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + (f" +- {100 * half:.1f}" if half is not None else "")
 
 
 def markdown(rows):
@@ -563,34 +566,36 @@ def report_text(report, per_class=False):
     for group in columns[0][1]["columns"]:
         rows.append([f"accuracy: {group}"] + [percent(m["columns"][group]) for _, m, *_ in columns])
     rows.append(["", *("" for _ in columns)])
-    for key, title, unit in (("parameters", "parameters, million", 1e6),
-                             ("multiply_adds", "multiply-adds an image, billion", 1e9),
-                             ("images_per_second", "images/s", 1), ("peak_memory", "peak memory, MiB", 2**20)):
+    for key, title, unit in (
+            ("parameters", "parameters, million", 1e6), ("images_per_second", "images/s", 1),
+            ("multiply_adds", "multiply-adds an image, billion", 1e9),
+            ("peak_memory", "peak memory, MiB", 2**20)):
         rows.append([title] + [f"{n['cost'][key] / unit:.2f}" if n else "" for *_, n in columns])
     rows.append(["image size"] + [n["size"] if n else "" for *_, n in columns])
-    lines = [f"**{report['note']}**: split {report['split']} of {report['data']}, {report['images']} "
-             f"images from {report['clips']} clips; {report['device']}, {report['precision']}, "
-             f"{report['batch_size']} images at a time.\n", markdown(rows)]
+    lines = [f"**{report['note']}**: split {report['split']} of {report['data']}, "
+             f"{report['images']} images from {report['clips']} clips; {report['device']}, "
+             f"{report['precision']}, {report['batch_size']} images at a time.\n", markdown(rows)]
     if networks[0]["interval"]:
         lines.append("+- is half the 95 % interval over other clips (bootstrap).")
     if len(columns) > len(networks):
         lines.append("argmax of x: the authors' reading of direct weighting, which trains on x w.")
     for n in networks:
         sides = n["left_right"]
-        lines.append(f"{n['name']}: {percent(sides['of_error'])} % of the wrong pixels confuse left and "
-                     "right" + "".join(f"; {pair['pair']} {percent(pair['of_error'])} % (that is "
-                                       f"{percent(pair['of_pair'])} % of the pair)" for pair in sides["pairs"][:3]) + ".")
+        pairs = [f"; {pair['pair']} {percent(pair['of_error'])} % (that is {percent(pair['of_pair'])}"
+                 " % of the pair)" for pair in sides["pairs"][:3]]
+        lines.append(f"{n['name']}: {percent(sides['of_error'])} % of the wrong pixels confuse left "
+                     f"and right{''.join(pairs)}.")
     for pair in report["comparisons"]:
-        lines.append(f"{pair['one']} against {pair['other']}: {100 * pair['difference']:+.2f} points of mIoU" + (
-            f" +- {100 * pair['half_width']:.2f}, {'more' if pair['significant'] else 'no more'} than chance over "
-            "the images" if pair["half_width"] is not None else ", from one clip, which proves nothing")
-            + ". What other training seeds would change is another matter.")
-    if per_class:
-        for n in networks:
-            table = n["metrics"]["per_class"]
-            lines += [f"\n{n['name']}, %", markdown([["class", "IoU", "F1", "precision", "accuracy"]] + [
-                [name, *map(percent, row)] for name, *row in zip(
-                    names, table["iou"], table["f1"], table["precision"], table["recall"])])]
+        half, more = pair["half_width"], "more" if pair["significant"] else "no more"
+        verdict = "from one clip, which proves nothing" if half is None else (
+            f"+- {100 * half:.2f}, {more} than chance over the images")
+        lines.append(f"{pair['one']} against {pair['other']}: {100 * pair['difference']:+.2f} points "
+                     f"of mIoU {verdict}. What other training seeds change is another matter.")
+    for n in networks if per_class else ():
+        table = [n["metrics"]["per_class"][key] for key in ("iou", "f1", "precision", "recall")]
+        lines += [f"\n{n['name']}, %\n", markdown(
+            [["class", "IoU", "F1", "precision", "accuracy"]]
+            + [[name, *map(percent, row)] for name, *row in zip(names, *table)])]
     return "\n".join(lines)
 
 
@@ -618,33 +623,36 @@ def with_legend(picture, classes, ids, note):
 
 
 def draw_examples(runs, classes, note, device, precision):
-    """Photos, ground truth and one row a network, for the best, median and worst images by their own
-    mIoU (mean over the networks)."""
-    own = np.mean([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs], axis=0)
-    order, N = np.argsort(-own, kind="stable"), len(own)
-    ranks = sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))
+    """Photos, ground truth and one row a network, for the best, median and worst images by their
+    own mIoU (mean over the networks)."""
+    own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
+    order, N = np.argsort(-own.mean(0), kind="stable"), own.shape[1]
+    titles = {rank: "median" for rank in (N // 2 - 1, N // 2)}          # rank: place in that order
+    titles |= {N - 2: "worst", N - 1: "worst", 1: "best", 0: "best"} if N > 3 else {0: "best"}
+    ranks = [rank for rank in sorted(titles) if rank >= 0]
     frames, side, left, font = order[ranks], 224, 130, ImageFont.load_default(14)
     rows = []
-    for run in runs:
-        batch = run["split"].load(frames)
+    for run, values in zip(runs, own):
+        checkpoint, batch = run["checkpoint"], run["split"].load(frames)
         with autocast(device, precision):
-            images = normalise(batch["images"].to(device), run["checkpoint"]["classes"])
+            images = normalise(batch["images"].to(device), checkpoint["classes"])
             prediction = predict(run["model"].to(device), images, batch["labels"].shape[1:],
-                                 run["checkpoint"].get("logit_weights"))[0].cpu()
-        rows.append((run["name"], [palette_image(p, classes["palette"]) for p in prediction],
-                     [f"mIoU {percent(value)} %" for value in plain(scores(run["confusions"])["miou"][frames])]))
-    titles = ["best" if rank < min(2, N / 3) else "worst" if rank >= N - min(2, N / 3) else "median" for rank in ranks]
+                                 checkpoint.get("logit_weights"))[0].cpu()
+        rows.append((run["name"] if len(runs) > 1 else "prediction",
+                     [palette_image(ids, classes["palette"]) for ids in prediction],
+                     [f"mIoU {percent(value)} %" for value in values[frames]]))
     photos = [Image.fromarray(image) for image in batch["images"].permute(0, 2, 3, 1).numpy()]
-    rows = [("photo", photos, titles), ("ground truth", [palette_image(label, classes["palette"])
-            for label in batch["labels"]], [run["split"].frames[i][-28:] for i in frames])] + rows
+    truth = [palette_image(ids, classes["palette"]) for ids in batch["labels"]]
+    rows = [("photo", photos, [titles[rank] for rank in ranks]),
+            ("ground truth", truth, [frame[-28:] for frame in batch["frames"]])] + rows
     sheet = Image.new("RGB", (left + (side + 6) * len(frames), (side + 26) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for y, (name, tiles, texts) in enumerate(rows):
-        draw.text((6, (side + 26) * y + side // 2), name[:20], "black", font)
-        for x, (tile, text) in enumerate(zip(tiles, texts)):
-            corner = left + (side + 6) * x, (side + 26) * y
-            sheet.paste(tile.convert("RGB").resize((side, side)), corner)
-            draw.text((corner[0], corner[1] + side + 3), text, "black", font)
+    for row, (name, tiles, texts) in enumerate(rows):
+        y = (side + 26) * row
+        draw.text((6, y + side // 2), name[:18], "black", font)
+        for x, (tile, text) in zip(range(left, sheet.width, side + 6), zip(tiles, texts)):
+            sheet.paste(tile.resize((side, side)).convert("RGB"), (x, y))   # labels: nearest
+            draw.text((x, y + side + 3), text, "black", font)
     return with_legend(sheet, classes, range(len(classes["names"])), note)
 
 
@@ -654,12 +662,13 @@ def draw_confusion(file, network, classes, note):
     from matplotlib.figure import Figure
     confusion, names = np.array(network["confusion"], dtype=float), classes["names"]
     share, ids = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1), range(len(names))
-    figure = Figure(figsize=(3 + 0.36 * len(ids), 3 + 0.34 * len(ids)), dpi=110, layout="constrained")
+    figure = Figure((3 + 0.36 * len(ids), 3 + 0.34 * len(ids)), dpi=110, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(ids, names, rotation=90)
     axes.set_yticks(ids, names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{network['name']}: % of the pixels of each true class\n{note}")
+    axes.set(xlabel="predicted", ylabel="true",
+             title=f"{network['name']}: % of the pixels of each true class\n{note}")
     for row, column in np.argwhere(share >= 0.5):
         axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if share[row, column] > 60 else "black")
@@ -672,8 +681,8 @@ def write_json(path, value):
 
 
 def write_report(folder, report, runs, classes, device, precision):
-    """report.json, report.md (with all classes), the example picture and, of one network, the confusion
-    matrix. Returns the paths."""
+    """report.json, report.md (with all classes), the example picture and, of one network, the
+    confusion matrix. Returns the paths."""
     folder, single = Path(folder), len(runs) == 1
     folder.mkdir(parents=True, exist_ok=True)
     text = f"# {', '.join(run['name'] for run in runs)}\n\n{report_text(report, per_class=True)}\n"
@@ -685,7 +694,8 @@ def write_report(folder, report, runs, classes, device, precision):
     if single:
         write_atomically(folder / "confusion.png", lambda file: draw_confusion(
             file, report["networks"][0], classes, report["note"]))
-    return [folder / "report.md", folder / "report.json", picture] + [folder / "confusion.png"] * single
+    written = [folder / "report.md", folder / "report.json", picture]
+    return written + [folder / "confusion.png"] if single else written
 
 
 # --------------------------------------------------------------------------- anybody's pictures
@@ -702,13 +712,14 @@ def upright_rgb(image):
 
 
 def segment_pictures(paths, checkpoint, model, device, precision, out):
-    """Writes <name>-overlay.png and <name>-labels.png of each picture into `out`. A picture that cannot be
-    read costs itself alone. Returns [{picture, overlay, labels, error}], the last three str or None."""
+    """Writes <name>-overlay.png and <name>-labels.png of each picture into `out`. One that cannot
+    be read costs itself alone. Returns [{picture, overlay, labels, error}], str or None."""
     files = [file for path in map(Path, paths) for file in (sorted(
         f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
-    classes, side = checkpoint["classes"], checkpoint["settings"].get("size") or checkpoint["classes"]["size"]
+    classes, out = checkpoint["classes"], Path(out)
+    side = checkpoint["settings"].get("size") or classes["size"]
     taken, results = {file.resolve() for file in files}, []
-    Path(out).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for file in tqdm(files, unit="picture", disable=None, leave=False):
         try:
             image = upright_rgb(open_picture(file))
@@ -717,23 +728,27 @@ def segment_pictures(paths, checkpoint, model, device, precision, out):
             continue
         for count in itertools.count(1):                # two pictures of one name both keep theirs
             name = file.stem if count == 1 else f"{file.stem}-{count}"
-            overlay, labels = (Path(out).resolve() / f"{name}-{kind}.png" for kind in ("overlay", "labels"))
-            if not {overlay, labels} & taken:
+            overlay, labels = (out / f"{name}-{kind}.png" for kind in ("overlay", "labels"))
+            if not {overlay.resolve(), labels.resolve()} & taken:
                 break
-        taken |= {overlay, labels}
-        fit = lambda most: [max(1, round(length * most / max(image.size))) for length in image.size]
-        small = np.array(image.resize(fit(side), Image.BILINEAR))               # the network pads itself
-        shown = image.resize(fit(min(1024, max(image.size))))
-        with autocast(device, precision):
-            images = normalise(torch.from_numpy(small).permute(2, 0, 1)[None].to(device), classes)
-            prediction = predict(model, images, shown.size[::-1], checkpoint.get("logit_weights"))[0][0].cpu()
+        taken |= {overlay.resolve(), labels.resolve()}
+        longer = max(image.size)
+        small, shown = (image.resize([max(1, round(length * most / longer))
+                                      for length in image.size], Image.BILINEAR)
+                        for most in (side, min(1024, longer)))
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device)
+        with autocast(device, precision):               # the network pads itself
+            prediction = predict(model, normalise(pixels, classes), shown.size[::-1],
+                                 checkpoint.get("logit_weights"))[0][0].cpu()
         coloured = palette_image(prediction, classes["palette"])
         mask = Image.fromarray(np.where(prediction > 0, 160, 0).astype(np.uint8))
         blended = with_legend(Image.composite(coloured.convert("RGB"), shown, mask), classes,
                               prediction.unique().tolist(), f"trained on: {source_note(classes)}")
-        for path, picture in ((labels, coloured.resize(image.size, Image.NEAREST)), (overlay, blended)):
-            write_atomically(path, lambda file: picture.save(file, "PNG"))
-        results.append(dict(picture=str(file), overlay=str(overlay), labels=str(labels), error=None))
+        whole = coloured.resize(image.size, Image.NEAREST)
+        write_atomically(labels, lambda file: whole.save(file, "PNG"))
+        write_atomically(overlay, lambda file: blended.save(file, "PNG"))
+        results.append(dict(picture=str(file), overlay=str(overlay), labels=str(labels),
+                            error=None))
     return results
 
 
@@ -744,51 +759,56 @@ def source_note(classes):
 
 # ----------------------------------------------------------------------------------------- main
 
-def measure(path, data, split_name, name, batch_size, workers, device, precision):
-    """One checkpoint on one split. Returns its part of the report and what pictures and comparison
-    need: dict(name, path, checkpoint, model, split, data_classes, confusions)."""
-    checkpoint = load_checkpoint(path)
-    classes, known = read_classes(data), checkpoint["classes"]
-    if classes["names"] != known["names"]:
-        raise Problem(f"the classes of {data} ({len(classes['names'])}: {', '.join(classes['names'][:3])}, ...) "
-                      f"are not those of {path} ({len(known['names'])}: {', '.join(known['names'][:3])}, ...)")
-    split = Split(data, split_name, classes, checkpoint["settings"].get("size") or known["size"])
-    model, weights = build_model(checkpoint).to(device, memory_format=torch.channels_last), checkpoint.get("logit_weights")
-    confusions, raw = evaluate_split(model, split, known, device, precision, batch_size, workers, weights)
-    total = confusions.sum(0)
-    report = dict(name=name, checkpoint=str(path), model=checkpoint["model"], kwargs=checkpoint["kwargs"],
-                  step=checkpoint["step"], size=split.size, metrics=metrics(total, classes["groups"]),
-                  interval=bootstrap(confusions, split.frames), left_right=left_right(total, classes),
-                  raw=None if raw is None else metrics(raw, classes["groups"]), confusion=total,
-                  cost=cost(model, split.size, batch_size, device, precision))
-    return plain(report), dict(name=name, path=Path(path), checkpoint=checkpoint, model=model.cpu(), split=split,
-                               classes=classes, confusions=confusions)
+def measure(path, data, name, options, device, precision):
+    """One checkpoint on one split: its part of the report, and what the pictures and comparisons
+    need, dict(name, checkpoint, model, split, classes, confusions)."""
+    checkpoint, classes = load_checkpoint(path), read_classes(data)
+    trained = checkpoint["classes"]
+    if classes["names"] != trained["names"]:
+        say = lambda names: f"{len(names)}: {', '.join(names[:3])}, ..."
+        raise Problem(f"the classes of {data} ({say(classes['names'])}) are not those of {path} "
+                      f"({say(trained['names'])}): name other data with --data")
+    size = checkpoint["settings"].get("size") or trained["size"]
+    split = Split(data, options.split, classes, size)
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+    confusions, raw = evaluate_split(model, split, trained, device, precision, options.batch_size,
+                                     options.workers, checkpoint.get("logit_weights"))
+    total, groups = confusions.sum(0), classes["groups"]
+    report = dict(
+        name=name, checkpoint=str(path), model=checkpoint["model"], kwargs=checkpoint["kwargs"],
+        step=checkpoint["step"], size=size, metrics=metrics(total, groups),
+        raw=None if raw is None else metrics(raw, groups), left_right=left_right(total, classes),
+        interval=bootstrap(confusions, split.frames), confusion=total,
+        cost=cost(model, size, options.batch_size, device, precision))
+    return report, dict(name=name, checkpoint=checkpoint, model=model.cpu(), split=split,
+                        classes=classes, confusions=confusions)
 
 
 def evaluate(options, paths, device, precision):
     """Measures, prints and writes everything about the checkpoints `paths`. Returns the report."""
     trained_on = [load_checkpoint(path)["settings"].get("data") for path in paths]
-    data = options.data or trained_on[0]
-    if data is None or (not options.data and len(set(trained_on)) > 1):
+    if not options.data and (len(set(trained_on)) > 1 or not isinstance(trained_on[0], str)):
         raise Problem(f"the checkpoints name {' and '.join(map(str, trained_on))} as their data: "
                       "say with --data on which to measure")
-    names = [path.resolve().parent.name for path in paths]
+    data, names = options.data or trained_on[0], [path.resolve().parent.name for path in paths]
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    networks, runs = zip(*(measure(path, data, options.split, name, options.batch_size, options.workers,
-                                   device, precision) for path, name in zip(paths, names)))
-    split, classes = runs[0]["split"], runs[0]["classes"]
-    pairs = [(one, other, *paired_difference(one["confusions"], other["confusions"], split.frames))
-             for one, other in itertools.combinations(runs, 2)]
+    networks, runs = zip(*(measure(path, data, name, options, device, precision)
+                           for path, name in zip(paths, names)))
+    split, classes, comparisons = runs[0]["split"], runs[0]["classes"], []
+    for one, other in itertools.combinations(runs, 2):
+        difference, half = paired_difference(one["confusions"], other["confusions"], split.frames)
+        comparisons.append(dict(one=one["name"], other=other["name"], difference=difference,
+                                half_width=half, significant=abs(difference) > half))
+    cuda = device.type == "cuda"
     report = plain(dict(
         data=str(data), split=options.split, source=classes["source"], note=source_note(classes),
-        images=len(split.frames), clips=len({frame.rpartition("_")[0] for frame in split.frames}),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, precision=precision,
-        batch_size=options.batch_size, classes=classes["names"], networks=networks, comparisons=[
-            dict(one=one["name"], other=other["name"], difference=difference, half_width=half,
-                 significant=abs(difference) > half) for one, other, difference, half in pairs]))
+        images=len(split.frames), clips=len({f.rpartition("_")[0] for f in split.frames}),
+        device=torch.cuda.get_device_name(device) if cuda else device.type, precision=precision,
+        batch_size=options.batch_size, classes=classes["names"], networks=networks,
+        comparisons=comparisons))
     print(report_text(report, options.per_class))
-    folder = options.out or (paths[0].parent / options.split if len(paths) == 1 else "runs/comparison")
-    written = write_report(folder, report, runs, classes, device, precision)
+    beside = paths[0].parent / options.split if len(paths) == 1 else Path("runs/comparison")
+    written = write_report(options.out or beside, report, runs, classes, device, precision)
     print("Written:", ", ".join(map(str, written)))
     return report
 
@@ -798,7 +818,7 @@ def parse(argv):
     add = parser.add_argument
     add("--ckpt", nargs="*", type=Path, metavar="PATH", required=True,
         help="checkpoints or run folders; several are compared; none: the newest run under runs/")
-    add("--images", nargs="+", metavar="PATH", help="segment these pictures (files, folders) instead of measuring")
+    add("--images", nargs="+", metavar="PATH", help="segment these pictures or folders of pictures")
     add("--data", help="prepared folder (none: the one the network was trained on)")
     add("--split", default="test", choices=("train", "val", "test"), help="frames to measure on")
     add("--per-class", action="store_true", help="print the figures of every class too")
@@ -808,7 +828,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
         help="bf16 is faster where the hardware has it; results differ in the last digit")
-    add("--batch-size", type=int, default=8, help="images at a time: memory and speed, never results")
+    add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
     add("--workers", type=int, default=1, help="processes that read images; 0: none but this one")
     options = parser.parse_args(argv)
     if options.batch_size < 1 or options.workers < 0:
@@ -819,7 +839,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Returns the exit status: 0; 1 if a picture could not be read; 2 with one sentence if nothing could."""
+    """Returns the exit status: 0; 1 where a picture could not be read; 2 after one sentence."""
     options = parse(argv)
     try:
         device = pick_device(options.device)
@@ -833,7 +853,7 @@ def main(argv=None):
             results = segment_pictures(options.images, checkpoint, model, device, precision,
                                        options.out or "runs/pictures")
             for result in results:
-                print(result["error"] or f"{result['picture']}: {result['overlay']}, {result['labels']}")
+                print(result["error"] or "{picture}: {overlay}, {labels}".format_map(result))
             report = dict(note=source_note(checkpoint["classes"]), pictures=results)
             failed = not results or any(result["error"] for result in results)
         else:
@@ -844,8 +864,10 @@ def main(argv=None):
     except Problem as problem:
         message = str(problem)
     except OSError as error:
-        message = f"{error.filename} cannot be written or read ({error.strerror}): --out names another folder"
-    except (torch.OutOfMemoryError, MemoryError):
+        message = f"{error.filename} cannot be used ({error.strerror}): --out names another folder"
+    except (RuntimeError, MemoryError) as error:        # allocators raise RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         message = f"out of memory: try --batch-size {max(1, options.batch_size // 2)}"
     print(f"evaluate.py: {message}", file=sys.stderr)
     return 2
