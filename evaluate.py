@@ -414,7 +414,7 @@ def scores(confusion):
     def mean(values):
         return ratio(np.nansum(values, -1), np.sum(~np.isnan(values), -1))
 
-    confusion = np.asarray(confusion, dtype=np.float64)
+    confusion = np.asarray(torch.as_tensor(confusion).cpu(), dtype=np.float64)
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, predicted = confusion.sum(-1), confusion.sum(-2)
     body = confusion[..., 1:, 1:].sum((-2, -1))
@@ -581,16 +581,16 @@ def report_text(report, per_class=False):
         lines.append("argmax of x: the authors' reading of direct weighting, which trains on x w.")
     for n in networks:
         sides = n["left_right"]
-        pairs = [f"; {pair['pair']} {percent(pair['of_error'])} % (that is {percent(pair['of_pair'])}"
-                 " % of the pair)" for pair in sides["pairs"][:3]]
-        lines.append(f"{n['name']}: {percent(sides['of_error'])} % of the wrong pixels confuse left "
-                     f"and right{''.join(pairs)}.")
+        pairs = [f"; {pair['pair']} {percent(pair['of_error'])} % (that is "
+                 f"{percent(pair['of_pair'])} % of the pair)" for pair in sides["pairs"][:3]]
+        lines.append(f"{n['name']}: {percent(sides['of_error'])} % of the wrong pixels confuse "
+                     f"left and right{''.join(pairs)}.")
     for pair in report["comparisons"]:
         half, more = pair["half_width"], "more" if pair["significant"] else "no more"
         verdict = "from one clip, which proves nothing" if half is None else (
             f"+- {100 * half:.2f}, {more} than chance over the images")
-        lines.append(f"{pair['one']} against {pair['other']}: {100 * pair['difference']:+.2f} points "
-                     f"of mIoU {verdict}. What other training seeds change is another matter.")
+        lines.append(f"{pair['one']} against {pair['other']}: {100 * pair['difference']:+.2f} "
+                     f"points of mIoU {verdict}. Other training seeds are another matter.")
     for n in networks if per_class else ():
         table = [n["metrics"]["per_class"][key] for key in ("iou", "f1", "precision", "recall")]
         lines += [f"\n{n['name']}, %\n", markdown(
@@ -815,16 +815,18 @@ def evaluate(options, paths, device, precision):
 
 def parse(argv):
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add = parser.add_argument_group("what").add_argument
     add("--ckpt", nargs="*", type=Path, metavar="PATH", required=True,
         help="checkpoints or run folders; several are compared; none: the newest run under runs/")
     add("--images", nargs="+", metavar="PATH", help="segment these pictures or folders of pictures")
     add("--data", help="prepared folder (none: the one the network was trained on)")
     add("--split", default="test", choices=("train", "val", "test"), help="frames to measure on")
+    add = parser.add_argument_group("what is written").add_argument
     add("--per-class", action="store_true", help="print the figures of every class too")
     add("--json", metavar="FILE", help="also write everything printed to FILE")
     add("--out", metavar="DIR", help="where reports and pictures go (none: <run>/<split>, or "
         "runs/comparison for several networks, runs/pictures for --images)")
+    add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
         help="bf16 is faster where the hardware has it; results differ in the last digit")
@@ -833,6 +835,8 @@ def parse(argv):
     options = parser.parse_args(argv)
     if options.batch_size < 1 or options.workers < 0:
         parser.error("--batch-size begins at 1, --workers at 0")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: its folder does not exist")
     if options.images and (options.data or options.per_class or len(options.ckpt) > 1):
         parser.error("--images takes one checkpoint, and neither --data nor --per-class")
     return options
