@@ -1,4 +1,4 @@
-"""Train a network on a prepared folder: augmentation, class weights, losses, the loop, the ablation study.
+"""Train a network on a prepared folder: augmentation, class weights, losses, the loop, the study.
 
 The procedure is the one of "Fully Convolutional Architectures for Multi-Part Body Segmentation"
 (Borrego Carazo, 2018, Section 3.1). How one step goes:
@@ -6,13 +6,14 @@ The procedure is the one of "Fully Convolutional Architectures for Multi-Part Bo
     JPEG, PNG -> uint8 (workers) -> device -> mirror, scale (whole batch) -> normalise
       -> forward (bf16 autocast) -> loss (float32) -> backward -> loss finite? -> step
 
-Which frames make up step t, and how they are augmented, is a function of (seed, t) alone; nothing else is random
-once the weights are drawn. So a run that was killed continues exactly where it stopped, on any number of processes.
+Which frames make up step t, and how they are augmented, is a function of (seed, t) alone; nothing
+else is random once the weights are drawn. So a run that was killed continues exactly where it
+stopped, on any number of processes.
 
     python train.py --model segnet --quick                        a few minutes on a laptop
     python train.py --model icnet --augment --weighting w1-outer  the paper's 40,000 iterations
-    python train.py --model icnet --study                         the paper's whole Section 3 for one network
-    torchrun --nproc_per_node=8 train.py --model hourglass        the same training on several devices
+    python train.py --model icnet --study                         the paper's Section 3, one network
+    torchrun --nproc_per_node=8 train.py --model hourglass        the same on several devices
 """
 import csv
 import io
@@ -37,21 +38,24 @@ import evaluate
 from evaluate import IGNORE, MODELS, Batches, Parser, Problem, Split, write_atomically
 
 WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
-LOG = ("step", "train_loss", "val_loss", "train_miou", "val_miou", "val_accuracy", "val_f1", "val_body_f1",
-       "lr", "images_per_s", "data_wait")
+LOG = ("step", "train_loss", "val_loss", "train_miou", "val_miou", "val_accuracy", "val_f1",
+       "val_body_f1", "lr", "images_per_s", "data_wait")
 MAY_CHANGE = ("workers", "device", "precision", "compile", "iterations")        # on --resume
+HOURGLASS_ONLY = ("stacks", "features", "stem_stride", "coarse_to_fine", "joints", "joints_from",
+                  "joints_modules", "joints_weight", "checkpoint_activations")
 
-# What --quick puts in the place of the paper's values: small crops and few iterations, for a laptop.
+# What --quick puts in the place of the paper's values: small crops and few iterations.
 QUICK = {
     "icnet": dict(size=160, batch_size=16, iterations=900, val_every=150, val_images=100),
-    "segnet": dict(size=96, batch_size=16, iterations=600, val_every=100, val_images=100, lr=0.003),
-    "hourglass": dict(size=128, batch_size=8, iterations=500, val_every=100, val_images=100, lr=1e-3,
-                      stacks=2, features=96, stem_stride=4, joints_from=1, joints_modules=1),
+    "segnet": dict(size=96, batch_size=16, iterations=600, val_every=100, val_images=100, lr=3e-3),
+    "hourglass": dict(size=128, batch_size=8, iterations=500, val_every=100, val_images=100,
+                      lr=1e-3, stacks=2, features=96, stem_stride=4, joints_from=1,
+                      joints_modules=1),
 }
 
 
 class Trouble(Problem):
-    """Something went wrong during the run that no option could have prevented: exit status 1, not 2."""
+    """Something went wrong that no option could have prevented: exit status 1, not 2."""
     status = 1
 
 
@@ -59,28 +63,28 @@ class Stopped(Exception):
     """SIGINT or SIGTERM arrived; the checkpoint is written."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Class weights and the loss (paper, Section 3.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------- class weights and the loss (paper, Section 3.1)
 
 def class_weights(pixels, scheme, names=None):
     """Class weights of the paper's Section 3.1.
 
     pixels: (K,) counts, label pixels of each class in the train split.
-    scheme: "w1" = 1 - C_i / sum(C), or "w2" = B exp(-(B - mean B) / (4 std B)) with B = max(C) / C and the population
-    std, scaled to max 1: as printed the weights of W2 reach into the hundreds, and SGD at 0.01 diverges.
+    scheme: "w1" = 1 - C_i / sum(C), or "w2" = B exp(-(B - mean B) / (4 std B)) with B = max(C) / C
+    and the population std, scaled to max 1: as printed the weights of W2 reach into the hundreds,
+    and SGD at 0.01 diverges.
     Returns (K,) float32. Raises Problem naming any class without pixels.
     """
     counts = torch.as_tensor(pixels, dtype=torch.float64)
-    absent = [str(names[i]) if names else str(i) for i in (counts <= 0).nonzero().flatten().tolist()]
+    absent = [str(names[i] if names else i) for i in (counts <= 0).nonzero().flatten().tolist()]
     if absent:
-        raise Problem(f"--weighting {scheme} needs label pixels of every class, and the train split has none of: "
-                      f"{', '.join(absent)}; train with --weighting none or add frames")
+        raise Problem(f"--weighting {scheme} needs label pixels of every class, and the train "
+                      f"split has none of: {', '.join(absent)}; train with --weighting none or add "
+                      "frames")
     return weight_formula(counts, scheme)
 
 
 def weight_formula(counts, scheme):
-    """The two formulas of class_weights, for (K,) float64 counts above 0 on any device, without looking at them."""
+    """The formulas of class_weights, for (K,) float64 counts above 0, without looking at them."""
     if scheme == "w1":
         return (1 - counts / counts.sum()).float()
     rarity = counts.max() / counts
@@ -92,7 +96,7 @@ def weight_formula(counts, scheme):
 class Criterion:
     """Cross-entropy, plain or weighted: the mean over the pixels that count (label 255 does not).
 
-    outer:  mean of w[label] * CE(logits, label), not divided by the sum of the weights, as the paper writes it
+    outer:  mean of w[label] * CE(logits, label), not divided by the sum of w, as the paper has it
     direct: mean of CE(logits * w, label); such a network also predicts from logits * w
     """
 
@@ -101,25 +105,26 @@ class Criterion:
         self.pixels = torch.tensor(classes["pixels"], dtype=torch.float64, device=device)
         self.weights = None
         if self.scheme != "none":
-            self.weights = class_weights(classes["pixels"], self.scheme, classes["names"]).to(device)
+            weights = class_weights(classes["pixels"], self.scheme, classes["names"])
+            self.weights = weights.to(device)
 
     def weights_of(self, levels, ids):
-        """(ids,) weights of the classes, or of the coarser ids `levels` (K,) maps them to: pixels add up first."""
+        """(ids,) weights of the classes, or of the coarser ids `levels` (K,) maps them to."""
         if levels is None or self.weights is None:
             return self.weights
-        return weight_formula(torch.zeros_like(self.pixels[:ids]).index_add_(0, levels, self.pixels), self.scheme)
+        merged = torch.zeros_like(self.pixels[:ids]).index_add_(0, levels, self.pixels)
+        return weight_formula(merged, self.scheme)          # pixels add up first, then the weights
 
     def totals(self, logits, labels, levels=None):
         """Summed loss (float32 scalar) and number of pixels that count (int64 scalar).
 
         logits (B, K, H, W) any float dtype, labels (B, H', W') uint8, levels (K,) int64 or None.
         """
-        if labels.shape[-2:] != logits.shape[-2:]:          # nearest-exact takes a cell's centre, nearest its corner
+        if labels.shape[-2:] != logits.shape[-2:]:          # nearest would take a cell's corner
             labels = F.interpolate(labels[:, None], logits.shape[-2:], mode="nearest-exact")[:, 0]
         target = labels.long().flatten()
         if levels is not None:
-            table = F.pad(levels, (0, IGNORE + 1 - len(levels)), value=IGNORE)
-            target = table[target]
+            target = F.pad(levels, (0, IGNORE + 1 - len(levels)), value=IGNORE)[target]
         # Channels last makes this a view, and softmax over the last axis is the fast one.
         logits = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()
         weights = self.weights_of(levels, logits.shape[1])
@@ -129,22 +134,21 @@ class Criterion:
         return loss, (target != IGNORE).sum()
 
     def __call__(self, logits, labels, levels=None):
-        """The mean over all processes' pixels, times their number: DistributedDataParallel averages gradients."""
+        """The mean over the pixels of all processes, times the number of processes, since
+        DistributedDataParallel averages gradients."""
         loss, count = self.totals(logits, labels, levels)
         if dist.is_initialized():
             dist.all_reduce(count)
             loss = loss * dist.get_world_size()
-        return loss / count.clamp(min=1)                    # a batch without one valid pixel costs 0, not nan
+        return loss / count.clamp(min=1)                    # without a valid pixel: 0, not nan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which frames, and how they are augmented: functions of (seed, step)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------- frames and augmentation: functions of (seed, step)
 
 class FrameOrder:
-    """Entry t lists the frames of step t: epochs in fresh random order, end to end, cut into batches.
+    """Entry t lists the frames of step t: epochs in fresh random order, end to end, cut in batches.
 
-    A batch larger than the set runs on into the next epoch. Process r of n takes every n-th frame of each batch.
+    A batch larger than the set runs on into the next epoch. Process r of n takes every n-th frame.
     """
 
     def __init__(self, frames, batch_size, steps, seed, rank=0, world=1):
@@ -155,22 +159,23 @@ class FrameOrder:
         return self.steps
 
     def __getitem__(self, step):
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank::self.world]
+        places = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         return [int(self.epoch(place // self.frames)[place % self.frames]) for place in places]
 
     def epoch(self, number):
         if number not in self.epochs:
-            if len(self.epochs) > 1:                        # a batch touches two neighbours at the most, or is large
+            if len(self.epochs) > 1:                        # a batch touches two, or is large
                 self.epochs.clear()
-            self.epochs[number] = np.random.default_rng([self.seed, 0, number]).permutation(self.frames)
+            rng = np.random.default_rng([self.seed, 0, number])
+            self.epochs[number] = rng.permutation(self.frames)
         return self.epochs[number]
 
 
 def draw_augmentation(seed, step, batch_size, augment, rank=0, world=1):
     """Random numbers for the whole batch of a step, of which each process keeps its share.
 
-    Returns mirror (B,) bool; scale (B,) float32, log-uniform in 0.5 to 2; place (B, 2) float32 in 0 to 1: where the
-    enlarged picture is cut, or where in the frame the shrunken one lies.
+    Returns mirror (B,) bool; scale (B,) float32, log-uniform in 0.5 to 2; place (B, 2) float32 in
+    0 to 1: where the enlarged picture is cut, or where in the frame the shrunken one lies.
     """
     rng = np.random.default_rng([seed, 1, step])
     mirror = torch.from_numpy(rng.random(batch_size) < 0.5)
@@ -184,10 +189,11 @@ def draw_augmentation(seed, step, batch_size, augment, rank=0, world=1):
 
 
 def mirror_batch(images, labels, joints, chosen, classes, swap=True):
-    """Flips the chosen samples left to right; what was a left hand is a right hand then, so ids and joints swap.
+    """Flips the chosen samples left to right; what was a left hand is a right hand then, so ids and
+    joints swap.
 
-    images (B, 3, H, W), labels (B, H, W) uint8, joints (B, J, 2) or None, chosen (B,) bool. swap=False leaves the
-    ids as they are, as the paper's code did: every picture then also says the opposite.
+    images (B, 3, H, W), labels (B, H, W) uint8, joints (B, J, 2) or None, chosen (B,) bool.
+    swap=False leaves the ids, as the paper's code did: every picture then also says the opposite.
     """
     flipped, joints_flipped = labels.flip(-1), joints
     if swap:
@@ -203,219 +209,227 @@ def mirror_batch(images, labels, joints, chosen, classes, swap=True):
 
 
 def scale_batch(images, labels, joints, scale, place):
-    """Enlarges or shrinks each sample within its frame: images bilinear, labels nearest, outside = mean colour / 255.
+    """Enlarges or shrinks each sample within its frame: images bilinear, labels nearest, outside =
+    mean colour / 255.
 
-    images (B, 3, H, W) normalised float32, labels (B, H, W) uint8, joints (B, J, 2) or None, scale (B,),
-    place (B, 2). With offset t = place * (W - scale W), pixel x goes to scale (x + 0.5) + t - 0.5.
+    images (B, 3, H, W) normalised float32, labels (B, H, W) uint8, joints (B, J, 2) or None,
+    scale (B,), place (B, 2). With offset t = place * (W - scale W), pixel x goes to
+    scale (x + 0.5) + t - 0.5.
     """
-    size = torch.tensor([images.shape[-1], images.shape[-2]], device=images.device)          # W, H
-    offset = place * (size - scale[:, None] * size)                                          # (B, 2) pixels
+    size = torch.tensor([images.shape[-1], images.shape[-2]], device=images.device)     # W, H
+    offset = place * (size - scale[:, None] * size)                                     # (B, 2)
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-    theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1        # affine_grid counts from -1 to 1
+    theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1   # affine_grid: -1 to 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
-    shifted = labels[:, None].float() - IGNORE                           # grid_sample fills with 0, which would be
-    labels = (F.grid_sample(shifted, grid, mode="nearest", align_corners=False) + IGNORE)[:, 0]     # background
+    shifted = labels[:, None].float() - IGNORE              # the fill is 0, which was background
+    shifted = F.grid_sample(shifted, grid, mode="nearest", align_corners=False)
+    labels = (shifted + IGNORE)[:, 0].to(torch.uint8)
     if joints is not None:
         joints = scale[:, None, None] * (joints + 0.5) + offset[:, None] - 0.5
-    return images, labels.to(torch.uint8), joints
+    return images, labels, joints
 
 
 def prepare_batch(batch, step, args, classes, rank=0, world=1):
-    """A loaded batch, on the device: augmented and normalised. Returns (images float32 channels last, batch)."""
+    """A loaded batch, on the device, augmented and normalised.
+
+    Returns (images (B, 3, H, W) float32 channels last, batch with the labels and joints to match).
+    """
     images, labels, joints = batch["images"], batch["labels"], batch.get("joints")
     draws = draw_augmentation(args.seed, step, args.batch_size, args.augment, rank, world)
     mirror, scale, place = (draw.to(images.device, non_blocking=True) for draw in draws)
     if {"mirror", "naive-mirror"} & set(args.augment):
-        images, labels, joints = mirror_batch(images, labels, joints, mirror, classes, "mirror" in args.augment)
+        images, labels, joints = mirror_batch(images, labels, joints, mirror, classes,
+                                              swap="mirror" in args.augment)
     images = evaluate.normalise(images, classes)
     if "scale" in args.augment:
         images, labels, joints = scale_batch(images, labels, joints, scale, place)
-    batch = {**batch, "labels": labels} if joints is None else {**batch, "labels": labels, "joints": joints}
+    batch = batch | {"labels": labels} | ({} if joints is None else {"joints": joints})
     return images.contiguous(memory_format=torch.channels_last), batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------- options
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a finite number from low to high; `low` itself counts for int, not for float."""
+    """An argparse type: a finite number from low (for float: above it) to high."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        good = value is not None and math.isfinite(value) and value <= high
-        if not good or (value < low if kind is int else value <= low):
-            words = f"of {low} or more" if kind is int else f"above {low}"
-            noun = "a whole number" if kind is int else "a number"
-            limit = f" and at most {high}" if high < math.inf else ""
-            raise ArgumentTypeError(f"{text!r} is not {noun} {words}{limit}")
-        return value
+            value = math.nan
+        if low <= value <= high and value < math.inf and (kind is int or value > low):
+            return value
+        kinds = f"a whole number of {low} or more" if kind is int else f"a number above {low}"
+        limit = f" and at most {high}" if high < math.inf else ""
+        raise ArgumentTypeError(f"{text!r} is not {kinds}{limit}")
     return convert
 
 
 def build_parser():
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0],
-                    epilog="Defaults are the paper's. None in the list below means: the model's recipe decides.")
-    parser.add_argument("--model", choices=sorted(MODELS), help="the network (needed, but for --resume)")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="prepared folder; without it data/surreal if there, else the stand-in, "
-                       "which is rendered on first use")
-    group.add_argument("--size", type=number(int, 32, 4096), help="side images are resized to, a multiple of 32; time "
-                       "and memory grow with its square; metrics stay at the prepared labels' size")
-    group.add_argument("--workers", type=number(int, 0, 256), default=max(1, min(8, (os.cpu_count() or 2) - 1)),
-                       help="processes that read images; 0 reads in the training process")
-    group = parser.add_argument_group("network")
-    group.add_argument("--double-filters", action="store_true", help="twice the filters: four times the parameters "
-                       "and multiply-adds, twice the activations")
-    group.add_argument("--width", type=number(float, 0, 64), default=1.0, help="factor on every layer's filters")
-    group.add_argument("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: the paper's small one, "
-                       "or the 13 layers of VGG-16 (21 times the parameters, twice the time)")
-    group.add_argument("--stacks", type=number(int, 1, 16), default=4, help="hourglass: modules in a row; time and "
-                       "memory grow in proportion")
-    group.add_argument("--features", type=number(int, 2, 4096), default=256, help="hourglass: channels of a module")
-    group.add_argument("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 1 works at full "
-                       "resolution (the paper), 4 at a quarter, with a sixteenth of the memory and time")
-    group.add_argument("--coarse-to-fine", action="store_true", help="hourglass: stage s learns the coarser label set "
-                       "of its level (2, 6, 12, 25 classes)")
-    group.add_argument("--joints", choices=("none", "surreal", "centroids"), default="none", help="hourglass: a "
-                       "parallel branch learns heat maps of the data's joints, or of the parts' centres (training "
-                       "only; more memory and time)")
-    group.add_argument("--joints-from", type=number(int, 1, 16), default=2, help="hourglass: the stack that feeds it")
-    group.add_argument("--joints-modules", type=number(int, 1, 16), default=2, help="hourglass: its modules")
-    group.add_argument("--joints-weight", type=number(float, 0, 1e6), default=1.0, help="hourglass: its loss's weight")
-    group = parser.add_argument_group("loss and augmentation")
-    group.add_argument("--weighting", choices=WEIGHTINGS, default="none", help="class weights (W1: 1 - frequency; W2: "
-                       "exponential), on the loss (outer) or on the logits (direct)")
-    group.add_argument("--augment", nargs="*", choices=("mirror", "scale", "naive-mirror"), default=[],
-                       help="alone: mirror and scale (0.5 to 2); naive-mirror flips without swapping left and right, "
-                       "as the paper's code did")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--iterations", type=number(int, 1), help="steps (40,000; hourglass 150,000)")
-    group.add_argument("--final-iterations", type=number(int, 1), default=90000, help="--study: steps of its last run")
-    group.add_argument("--batch-size", type=number(int, 1), help="images of a step over all processes; memory grows "
-                       "in proportion")
-    group.add_argument("--lr", type=number(float, 0, 1e3), help="learning rate at the start")
-    group.add_argument("--val-every", type=number(int, 1), default=200, help="steps from one validation and "
-                       "checkpoint to the next")
-    group.add_argument("--val-images", type=number(int, 1), default=500, help="frames validated on (a fixed choice, "
-                       "and as many of the train split); more cost time, fewer are noisier")
-    group.add_argument("--bn-after", type=number(int, 0), default=0, help="batch normalisation stays frozen for this "
-                       "many steps (the paper: half of them)")
-    group.add_argument("--init-from", metavar="CKPT", help="start from the layers of this checkpoint that fit")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the "
-                       "device is fast at it: less than half the time, half the activations")
-    group.add_argument("--compile", action=BooleanOptionalAction, default=False, help="torch.compile: minutes at the "
-                       "start, faster steps after")
-    group.add_argument("--checkpoint-activations", action="store_true", help="hourglass: recompute activations in the "
-                       "backward pass: about 0.6 of the memory for 1.3 of the time; the result is the same")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", help="run folder (default: runs/ and the options that differ from the defaults)")
-    group.add_argument("--resume", nargs="?", const="", metavar="DIR", help="continue a run (without DIR: the one "
-                       "these options name, or the newest)")
-    group.add_argument("--quick", action="store_true", help="smaller defaults: minutes on a laptop's CPU")
-    group.add_argument("--study", action="store_true", help="the paper's protocol for this model, as runs under "
-                       "runs/<model>-study; the same command continues it")
+                    epilog="Defaults are the paper's; None means: the model's recipe decides.")
+    parser.add_argument("--model", choices=sorted(MODELS), help="the network (but for --resume)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="prepared folder; without it data/surreal if there, else the stand-in, "
+        "which is rendered on first use")
+    add("--size", type=number(int, 32, 4096), help="side images are resized to, a multiple of 32; "
+        "time and memory grow with its square; metrics stay at the prepared labels' size")
+    add("--workers", type=number(int, 0, 256), default=max(1, min(8, (os.cpu_count() or 2) - 1)),
+        help="processes that read images; 0 reads in the training process")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--double-filters", action="store_true", help="twice the filters: four times the "
+        "parameters and multiply-adds, twice the activations")
+    add("--width", type=number(float, 0, 64), default=1.0, help="factor on every layer's filters")
+    add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: the paper's small "
+        "one, or the 13 layers of VGG-16 (21 times the parameters, twice the time)")
+    add("--stacks", type=number(int, 1, 16), default=4, help="hourglass: modules in a row; time "
+        "and memory grow in proportion")
+    add("--features", type=number(int, 2, 4096), default=256, help="hourglass: module's channels")
+    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 1 works at full "
+        "resolution (the paper), 4 at a quarter, with a sixteenth of the memory and time")
+    add("--coarse-to-fine", action="store_true", help="hourglass: stage s learns the coarser label "
+        "set of its level (2, 6, 12, 25 classes)")
+    add("--joints", choices=("none", "surreal", "centroids"), default="none", help="hourglass: a "
+        "parallel branch learns heat maps of the data's joints, or of the parts' centres (training "
+        "only; more memory and time)")
+    add("--joints-from", type=number(int, 1, 16), default=2, help="hourglass: stack that feeds it")
+    add("--joints-modules", type=number(int, 1, 16), default=2, help="hourglass: its modules")
+    add("--joints-weight", type=number(float, 0, 1e6), default=1.0, help="hourglass: of its loss")
+
+    add = parser.add_argument_group("loss and augmentation").add_argument
+    add("--weighting", choices=WEIGHTINGS, default="none", help="class weights (W1: 1 - frequency; "
+        "W2: exponential), on the loss (outer) or on the logits (direct)")
+    add("--augment", nargs="*", choices=("mirror", "scale", "naive-mirror"), default=[],
+        help="alone: mirror and scale (0.5 to 2); naive-mirror flips without swapping left and "
+        "right, as the paper's code did")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--iterations", type=number(int, 1), help="steps (40,000; hourglass 150,000)")
+    add("--final-iterations", type=number(int, 1), default=90000, help="--study: of its last run")
+    add("--batch-size", type=number(int, 1), help="images of a step over all processes; memory "
+        "grows in proportion")
+    add("--lr", type=number(float, 0, 1e3), help="learning rate at the start")
+    add("--val-every", type=number(int, 1), default=200, help="steps from one validation and "
+        "checkpoint to the next")
+    add("--val-images", type=number(int, 1), default=500, help="frames validated on (a fixed "
+        "choice, and as many of the train split); more cost time, fewer are noisier")
+    add("--bn-after", type=number(int, 0), default=0, help="batch normalisation stays frozen for "
+        "this many steps (the paper: half of them)")
+    add("--init-from", metavar="CKPT", help="start from the layers of this checkpoint that fit")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, order, augmentation")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where "
+        "the device is fast at it: less than half the time, half the activations")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile: minutes at "
+        "the start, faster steps after")
+    add("--checkpoint-activations", action="store_true", help="hourglass: recompute activations in "
+        "the backward pass: about 0.6 of the memory for 1.3 of the time; the result is the same")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="run folder (default: runs/ and the options that differ from the defaults)")
+    add("--resume", nargs="?", const="", metavar="DIR", help="continue a run (without DIR: the one "
+        "these options name, or the newest)")
+    add("--quick", action="store_true", help="smaller defaults: minutes on a laptop's CPU")
+    add("--study", action="store_true", help="the paper's protocol for this model, as runs under "
+        "runs/<model>-study; the same command continues it")
     return parser
 
 
-UNSET = object()
-HOURGLASS_ONLY = ("stacks", "features", "stem_stride", "coarse_to_fine", "joints", "joints_from", "joints_modules",
-                  "joints_weight", "checkpoint_activations")
-
-
 def parse(argv):
-    """The options that were given on the command line, by name; argparse fills in no defaults yet."""
+    """The options that were given on the command line, by name, without any defaults."""
     parser = build_parser()
-    names = [action.dest for action in parser._actions if action.dest != "help"]
-    given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(names, UNSET))))
-    return {name: value for name, value in given.items() if value is not UNSET}
+    nothing = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))   # set: no default comes in
+    given = {name: value for name, value in vars(parser.parse_args(argv, nothing)).items()
+             if value is not None}
+    if "augment" in given:
+        given["augment"] = sorted(set(given["augment"])) or ["mirror", "scale"]
+    return given
+
+
+def flag(name):
+    return "--" + str(name).replace("_", "-")
 
 
 def resolve(given):
-    """All options as a Namespace: the defaults, under the model's recipe, under --quick, under what was given.
-
-    Raises Problem for combinations without meaning.
+    """All options as a Namespace: the defaults, under the model's recipe, under --quick, under what
+    was given. Raises Problem for combinations without meaning.
     """
     if "model" not in given:
         raise Problem(f"--model is missing: one of {', '.join(sorted(MODELS))}")
     model = given["model"]
-    flag = {name: "--" + name.replace("_", "-") for name in given}
-    for name in given:
-        if (name in HOURGLASS_ONLY and model != "hourglass") or (name == "variant" and model != "segnet"):
-            owner = "segnet" if name == "variant" else "hourglass"
-            raise Problem(f"{flag[name]} is an option of {owner}, not of {model}: leave it out or use --model {owner}")
+    for owner, names in (("hourglass", HOURGLASS_ONLY), ("segnet", ("variant",))):
+        for name in given:
+            if name in names and model != owner:
+                raise Problem(f"{flag(name)} is an option of {owner}, not of {model}: leave it out "
+                              f"or use --model {owner}")
     if "double_filters" in given and "width" in given:
         raise Problem("--double-filters is --width 2: give one of the two")
     if "final_iterations" in given and "study" not in given:
         raise Problem("--final-iterations belongs to --study: use --iterations for a single run")
+    tried = {"joints", "coarse_to_fine"} if model == "hourglass" else \
+        {"augment", "double_filters", "width", "weighting"}
+    if "study" in given and tried & set(given):
+        raise Problem(f"--study tries {', '.join(flag(name) for name in sorted(tried))} itself: "
+                      "leave those options out")
+
     recipe = MODELS[model].recipe
-    defaults = {action.dest: action.default for action in build_parser()._actions if action.dest != "help"}
-    defaults |= dict(iterations=recipe.get("iterations", 40000), batch_size=recipe["batch_size"], lr=recipe["lr"])
+    defaults = vars(build_parser().parse_args([]))
+    defaults |= dict(iterations=recipe.get("iterations", 40000), batch_size=recipe["batch_size"],
+                     lr=recipe["lr"])
     if given.get("quick"):
         defaults |= QUICK[model]
         defaults["final_iterations"] = 2 * given.get("iterations", defaults["iterations"])
     args = Namespace(**(defaults | given))
     args.width = 2.0 if args.double_filters else args.width
-    if "augment" in given:
-        args.augment = sorted(set(args.augment)) or ["mirror", "scale"]
-    if {"mirror", "naive-mirror"} <= set(args.augment):
-        raise Problem("--augment mirror and naive-mirror exclude each other: the first swaps left and right ids")
-    if args.size and args.size % 32:
-        raise Problem(f"--size {args.size} is not a multiple of 32: the nearest are {args.size // 32 * 32} and "
-                      f"{args.size // 32 * 32 + 32}")
-    if args.joints != "none" and args.joints_from > args.stacks:
-        raise Problem(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}: there is no such stack")
-    if args.joints == "none":
-        for name in ("joints_from", "joints_modules", "joints_weight"):
-            if name in given and not args.study:
-                raise Problem(f"{flag[name]} does nothing without --joints surreal or --joints centroids")
-    if args.study and {"weighting", "augment", "double_filters", "coarse_to_fine", "joints"} & set(given) \
-            and model != "hourglass":
-        raise Problem("--study tries filters, augmentation and weighting itself: leave those options out")
-    if args.study and {"coarse_to_fine", "joints"} & set(given):
-        raise Problem("--study tries coarse-to-fine labels and joints itself: leave those options out")
     args.bn_after = min(args.bn_after, args.iterations)
+    if {"mirror", "naive-mirror"} <= set(args.augment):
+        raise Problem("--augment mirror and naive-mirror exclude each other: the first swaps left "
+                      "and right ids")
+    if args.size and args.size % 32:
+        below = args.size // 32 * 32
+        raise Problem(f"--size {args.size} is not a multiple of 32: the nearest are {below} and "
+                      f"{below + 32}")
+    if args.joints != "none" and args.joints_from > args.stacks:
+        raise Problem(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}: "
+                      "there is no such stack")
+    for name in ("joints_from", "joints_modules", "joints_weight"):
+        if name in given and args.joints == "none" and not args.study:
+            raise Problem(f"{flag(name)} does nothing without --joints surreal or centroids")
     return args
 
 
 def to_argv(settings):
-    """The command line that gives these settings; parsing it checks every type and range of a stored config."""
+    """The command line that gives these settings; parsing it checks every type and range."""
     argv = []
     for name, value in settings.items():
-        if value is not None and value is not False:
-            argv.append("--" + str(name).replace("_", "-"))
-            argv += [] if value is True else [str(item) for item in (value if isinstance(value, list) else [value])]
+        if value is True:
+            argv += [flag(name)]
+        elif value is not None and value is not False and value != []:
+            argv += [flag(name), *map(str, value if isinstance(value, list) else [value])]
     return argv
 
 
 def run_name(args):
-    """"segnet-double-filters": the model, and the options that differ from its defaults and change the result."""
+    """"segnet-double-filters": the model, and the options that differ from its defaults and change
+    the result."""
     base = resolve({"model": args.model} | ({"quick": True} if args.quick else {}))
+    silent = {"out", "resume", "workers", "device", "precision", "compile", "final_iterations",
+              "checkpoint_activations"} | ({"width"} if args.double_filters else set())
     words = [args.model] + (["quick"] if args.quick else [])
     for name, value in vars(args).items():
-        if value == getattr(base, name) or name in ("out", "resume", "workers", "device", "precision", "compile",
-                                                    "checkpoint_activations"):
-            continue
-        if name == "width" and args.double_filters:
-            continue
-        words.append(name.replace("_", "-"))
-        if value is not True:
-            value = [Path(value).stem] if name in ("data", "init_from") else value
-            words += [str(item) for item in (value if isinstance(value, list) else [value])]
-    text = "-".join(words)
+        if value != getattr(base, name) and name not in silent:
+            value = Path(value).stem if name in ("data", "init_from") else value
+            words += to_argv({name: value})
+    text = "-".join(word.removeprefix("--") for word in words)
     return "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in text)[:120]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder: settings, log, curves, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------- the run folder: settings, log, curves, checkpoints
 
 def read_settings(folder):
     """The options of the run in this folder, checked like a command line. Raises Problem."""
@@ -424,27 +438,30 @@ def read_settings(folder):
         stored = json.loads(path.read_text())
         given = parse(to_argv(stored))
     except FileNotFoundError:
-        raise Problem(f"{folder} holds no run (config.json is missing): leave --resume out to start one") from None
+        raise Problem(f"{folder} holds no run (config.json is missing): leave --resume out to "
+                      "start one") from None
     except (OSError, ValueError, AttributeError, SystemExit) as error:
-        raise Problem(f"{path} is not readable as the settings of a run ({type(error).__name__}): restore it, or start "
-                      f"a new run with --init-from {folder / 'best.pt'}") from None
-    defaults = {action.dest: action.default for action in build_parser()._actions if action.dest != "help"}
+        raise Problem(f"{path} is not readable as the settings of a run ({type(error).__name__}): "
+                      "restore it, or start a new run with --init-from "
+                      f"{folder / 'best.pt'}") from None
+    defaults = vars(build_parser().parse_args([]))
     if set(stored) != set(defaults) or "model" not in given:
         names = ", ".join(sorted(set(stored) ^ set(defaults))) or "model"
         raise Problem(f"{path} does not hold the options of this version (different: {names})")
-    return Namespace(**(defaults | {"augment": [], "width": stored["width"]} | given))
+    return Namespace(**(defaults | given))
 
 
 def write_text(path, text):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_log(path, until):
-    """Rows of log.csv up to step `until`, as dicts of numbers; what came after the checkpoint is computed again."""
+def read_log(path, until=math.inf):
+    """Rows of log.csv up to step `until`, as dicts of numbers; later ones are computed again."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        rows = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{key: float(value) if value else None for key, value in row.items()}
+                for row in csv.DictReader(file)]
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= until]
 
 
@@ -457,18 +474,18 @@ def write_log(path, rows):
 
 
 def draw_curves(path, runs, title):
-    """Loss and mIoU against steps, like the paper's Fig. 4, 8, 10 and 17. runs: {name: rows of log.csv}."""
+    """Loss and mIoU against steps, as in the paper's Fig. 4, 8, 10, 17. runs: {name: log rows}."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     for index, (name, rows) in enumerate(runs.items()):
-        steps = [row["step"] for row in rows]
-        for axes, kind, factor in ((top, "miou", 100), (bottom, "loss", 1)):
-            for part, style in (("val", "-"), ("train", ":")):
-                values = [math.nan if row[f"{part}_{kind}"] is None else factor * row[f"{part}_{kind}"] for row in rows]
-                word = "validation" if part == "val" else "train"
-                axes.plot(steps, values, style, color=f"C{index}", marker="." if len(rows) < 40 else None,
+        for part, word, style in (("val", "validation", "-"), ("train", "train", ":")):
+            for axes, kind, factor in ((top, "miou", 100), (bottom, "loss", 1)):
+                values = [row[f"{part}_{kind}"] for row in rows]
+                axes.plot([row["step"] for row in rows],
+                          [math.nan if value is None else factor * value for value in values],
+                          style, color=f"C{index}", marker="." if len(rows) < 40 else None,
                           label=f"{name}, {word}" if len(runs) > 1 else word)
     top.set(ylabel="mIoU (%)", title=title, ylim=(0, None))
     bottom.set(ylabel="loss", xlabel="step", ylim=(0, None))
@@ -480,33 +497,38 @@ def draw_curves(path, runs, title):
 
 
 def start_from(network, path, classes):
-    """Copies every layer of a checkpoint, or of a plain state dict, that fits `network`; says what it took.
+    """Copies every layer of a checkpoint, or of a plain state dict, that fits `network`.
 
-    The classification layers stay out where the checkpoint's classes are not ours. Raises Problem if nothing fits.
+    The classification layers stay out where the checkpoint's classes are not ours. Returns a
+    sentence on what was taken and what was not. Raises Problem if nothing fits.
     """
     try:
         source = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                             # torch raises a dozen kinds for a dozen kinds of damage
-        raise Problem(f"--init-from {path} cannot be read as a checkpoint ({type(error).__name__}): "
-                      "it must be one of ours, or a state dict of tensors") from None
-    other = source.get("classes", {}) if isinstance(source, dict) else {}
-    source = source.get("weights", source) if isinstance(source, dict) else {}
-    same = not isinstance(other, dict) or other.get("names", classes["names"]) == classes["names"]
+    except Exception as error:                             # torch raises a dozen kinds for damage
+        raise Problem(f"--init-from {path} cannot be read as a checkpoint "
+                      f"({type(error).__name__}): it must be one of ours, or a state dict of "
+                      "tensors") from None
+    source = source if isinstance(source, dict) else {}
+    other = source.get("classes")
+    names = other.get("names") if isinstance(other, dict) else classes["names"]
+    source = source.get("weights", source)
+    source = source if isinstance(source, dict) else {}
     own = network.state_dict()
     taken = {name: value for name, value in source.items()
              if name in own and torch.is_tensor(value) and value.shape == own[name].shape
-             and (same or not name.startswith(network.classifiers))}
-    if not any(name in dict(network.named_parameters()) for name in taken):
-        raise Problem(f"--init-from {path}: none of its {len(source)} entries fits a layer of this network by name and "
-                      "shape; the model and its width must be the same")
+             and (names == classes["names"] or not name.startswith(network.classifiers))}
+    if not any(name in taken for name, _ in network.named_parameters()):
+        raise Problem(f"--init-from {path}: none of its {len(source)} entries fits a layer of this "
+                      "network by name and shape; the model and its width must be the same")
     network.load_state_dict(taken, strict=False)
     left = sorted({name.rsplit(".", 1)[0] for name in own if name not in taken})
-    said = f"{len(left)} layers keep their random start: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}"
-    return f"--init-from {path}: took {len(taken)} of {len(own)} tensors; {said if left else 'nothing was left out'}"
+    said = (f"{len(left)} layers keep their random start: {', '.join(left[:6])}"
+            f"{', ...' if len(left) > 6 else ''}" if left else "nothing was left out")
+    return f"--init-from {path}: took {len(taken)} of {len(own)} tensors; {said}"
 
 
 def load_run(path):
-    """The checkpoint to resume from. Raises Problem that names a broken file and what can stand in for it."""
+    """The checkpoint to resume from. Raises Problem that names a broken file and a stand-in."""
     try:
         checkpoint = evaluate.load_checkpoint(path)
         if not isinstance(checkpoint.get("optimizer"), dict):
@@ -514,21 +536,20 @@ def load_run(path):
         return checkpoint
     except Problem as problem:
         best = path.with_name("best.pt")
-        way = (f"to go on from the best one, copy {best} over it and repeat the command" if best.exists()
-               else f"remove it, and --resume {path.parent} starts from step 0")
+        way = (f"to go on from the best one, copy {best} over it and repeat the command"
+               if best.exists() else f"remove it, and --resume {path.parent} starts from step 0")
         raise Problem(f"{problem}; {way}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------- the loop
 
 class Signals:
     """SIGINT and SIGTERM ask the loop to stop after the step; a second one stops at once."""
 
     def __init__(self):
         self.received = 0
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.receive)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
 
     def receive(self, number, frame):
         self.received = number
@@ -540,7 +561,7 @@ class Signals:
 
 
 def learning_rate(recipe, lr, step, steps):
-    """poly: lr (1 - t/T)^power (ICNet) · step: lr factor^(t // every) (hourglass) · constant (SegNet)."""
+    """poly: lr (1 - t/T)^power (ICNet) · step: lr factor^(t // every) (hourglass) · constant."""
     arguments = recipe.get("schedule_args", {})
     if recipe["schedule"] == "poly":
         return lr * (1 - step / steps) ** arguments["power"]
@@ -550,24 +571,21 @@ def learning_rate(recipe, lr, step, steps):
 
 
 def build_optimizer(network, recipe, lr, device):
-    """The recipe's optimiser; weight decay acts on convolution kernels, not on biases or batch normalisation."""
-    kernels = [parameter for parameter in network.parameters() if parameter.ndim == 4]
-    others = [parameter for parameter in network.parameters() if parameter.ndim != 4]
+    """The recipe's optimiser; weight decay acts on convolution kernels only."""
+    groups = [dict(params=[p for p in network.parameters() if (p.ndim == 4) == kernels],
+                   weight_decay=recipe.get("weight_decay", 0) if kernels else 0)
+              for kernels in (True, False)]
     arguments = dict(recipe.get("optimizer_args", {}), lr=lr)
     if device.type == "cuda" and recipe["optimizer"] in ("SGD", "Adam", "AdamW"):
         arguments["fused"] = True
-    groups = [{"params": kernels, "weight_decay": recipe.get("weight_decay", 0)}, {"params": others, "weight_decay": 0}]
-    return getattr(torch.optim, recipe["optimizer"])([group for group in groups if group["params"]], **arguments)
-
-
-def batch_norms(network):
-    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return getattr(torch.optim, recipe["optimizer"])(groups, **arguments)
 
 
 def to_host(values, device):
-    """Starts copying a small tensor to the host; the returned function waits for it and gives a list of floats.
+    """Starts copying a small tensor to the host; the returned function waits for its floats.
 
-    On a GPU the copy runs while the backward pass is queued behind it, so the check before the step stalls nothing.
+    On a GPU the copy runs while the backward pass is queued behind it, so the check before the step
+    stalls nothing.
     """
     if device.type != "cuda":
         return values.tolist
@@ -579,16 +597,17 @@ def to_host(values, device):
 
 
 def validate(network, split, chosen, args, classes, criterion, device, interrupted):
-    """Loss and confusion matrix of the chosen frames (indices), never augmented, at the labels' own size.
+    """Loss and confusion matrix of the chosen frames (indices), never augmented, at labels' size.
 
-    Returns (loss float, confusion (K, K) int64 on the CPU), summed over processes; None if a signal came in between.
+    Returns (loss float, confusion (K, K) int64 on the CPU), summed over processes; None if a signal
+    came in between.
     """
     network.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, size = chosen[rank::world], min(16, max(1, args.batch_size // world))
     chunks = [mine[start:start + size] for start in range(0, len(mine), size)]
-    classes_count = len(classes["names"])
-    confusion = torch.zeros(classes_count, classes_count, dtype=torch.int64, device=device)
+    K = len(classes["names"])
+    confusion = torch.zeros(K, K, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     weights = criterion.weights.tolist() if criterion.way == "direct" else None
     with torch.inference_mode():
@@ -596,7 +615,7 @@ def validate(network, split, chosen, args, classes, criterion, device, interrupt
             images, labels = evaluate.normalise(batch["images"], classes), batch["labels"]
             with evaluate.autocast(device, args.precision):
                 prediction, logits = evaluate.predict(network, images, labels.shape[-2:], weights)
-            confusion += evaluate.confusion_matrices(prediction, labels, classes_count).sum(0)
+            confusion += evaluate.confusion_matrices(prediction, labels, K).sum(0)
             sums += torch.stack(criterion.totals(logits, labels)).double()
             if world == 1 and interrupted():
                 return None
@@ -619,57 +638,65 @@ def network_options(args, classes):
 
 
 def find_data(args, rank):
-    """The prepared folder: --data, else data/surreal, else the stand-in, rendered now if need be."""
+    """The prepared folder: --data, else data/surreal, else the stand-in, rendered if need be."""
     if args.data is not None:
         return args.data
     if Path("data/surreal").exists():
         return "data/surreal"
     if rank == 0 and not Path("data/standin/classes.json").exists():
-        print("No SURREAL here (data/surreal): rendering the stand-in into data/standin, once, in about two minutes. "
-              "Its people are synthetic, made by this repository, and figures on it are not SURREAL's. To use SURREAL: "
-              "python prepare_surreal.py --raw SURREAL/data/cmu --out data/surreal", flush=True)
-        import prepare_surreal                              # only here: whoever has data needs no renderer
-        status = prepare_surreal.main(["--synthesize", "--out", "data/standin"])
-        if status:
-            raise Problem("the stand-in could not be rendered (see above); --data DIR takes any prepared folder")
+        print("No SURREAL here (data/surreal): rendering the stand-in into data/standin, once, in "
+              "about two minutes. Its people are synthetic, made by this repository, and figures "
+              "on it are not SURREAL's. To use SURREAL: python prepare_surreal.py --raw "
+              "SURREAL/data/cmu --out data/surreal", flush=True)
+        import prepare_surreal                              # only here: whoever has data needs none
+        if prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
+            raise Problem("the stand-in could not be rendered (see above); --data DIR takes any "
+                          "prepared folder")
     return "data/standin"
 
 
 def train(args, folder, resume=False):
-    """Trains one network into the run folder; returns the folder. Raises Problem, Trouble or Stopped.
+    """Trains one network into the run folder. Raises Problem, Trouble or Stopped.
 
-    args: all options, resolved. The loop is written out in full; every step reads like the picture at the top.
+    args: all options, resolved. The loop is written out in full, like the picture at the top.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = evaluate.pick_device(f"cuda:{local}" if world > 1 and args.device in ("auto", "cuda")
-                                  and torch.cuda.is_available() else args.device)
+    several_gpus = world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = evaluate.pick_device(f"cuda:{local}" if several_gpus else args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                       # events and barriers use this one
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.batch_size % world:
-        raise Problem(f"--batch-size {args.batch_size} cannot be shared out evenly to {world} processes")
-    say = print if rank == 0 else lambda *words, **options: None
+        raise Problem(f"--batch-size {args.batch_size} cannot be shared out evenly to {world} "
+                      "processes")
+    say = print if rank == 0 else lambda *words: None
     args.data = find_data(args, rank)
     if world > 1:
-        dist.barrier()                                      # the others wait for rank 0's rendering
-    stored = Namespace(**vars(args))                        # with "auto" as it was asked for
-    args = Namespace(**vars(args))
+        dist.barrier()                                      # the others wait for the rendering
+    stored = vars(args).copy()                              # with "auto" as it was asked for
+    args = Namespace(**stored)
     args.precision = evaluate.pick_precision(device, args.precision)
 
     # Data, network, optimiser.
     classes = evaluate.read_classes(args.data)
     if classes["size"] % 32 and args.size is None:
-        raise Problem(f"{args.data} is prepared at size {classes['size']}, which is no multiple of 32: give --size")
+        raise Problem(f"{args.data} is prepared at size {classes['size']}, which is no multiple of "
+                      "32: give --size")
     training = Split(args.data, "train", classes, args.size, labels_at_size=True)
     measured = Split(args.data, "train", classes, args.size)
     validation = Split(args.data, "val", classes, args.size)
-    chosen = [np.sort(np.random.default_rng([args.seed, 2, index]).permutation(len(split.frames))[:args.val_images])
-              .tolist() for index, split in enumerate((measured, validation))]
+    chosen = []                                             # frames to measure, the same every time
+    for index, split in enumerate((measured, validation)):
+        shuffled = np.random.default_rng([args.seed, 2, index]).permutation(len(split.frames))
+        chosen.append(sorted(shuffled[:args.val_images].tolist()))
     if args.joints == "surreal" and not training.has_joints:
-        raise Problem(f"{args.data} has no train/joints.npz for --joints surreal: use --joints centroids, the centres "
-                      "of the labelled parts")
+        raise Problem(f"{args.data} has no train/joints.npz for --joints surreal: use --joints "
+                      "centroids, the centres of the labelled parts")
     torch.manual_seed(args.seed)
     model_class = MODELS[args.model]
+    recipe = model_class.recipe
     try:
         network = model_class(**network_options(args, classes))
     except ValueError as error:
@@ -680,48 +707,51 @@ def train(args, folder, resume=False):
     network.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    optimizer = build_optimizer(network, model_class.recipe, args.lr, device)
+    optimizer = build_optimizer(network, recipe, args.lr, device)
 
     # Where the run stands.
     step, best, rows = 0, -1.0, []
-    if resume and (folder / "last.pt").exists():
-        checkpoint = load_run(folder / "last.pt")
+    last = folder / "last.pt"
+    if resume and last.exists():
+        checkpoint = load_run(last)
         try:
             network.load_state_dict(checkpoint["weights"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise Problem(f"{folder / 'last.pt'} does not fit the settings in {folder / 'config.json'} "
+            raise Problem(f"{last} does not fit the settings in {folder / 'config.json'} "
                           f"({str(error).splitlines()[0]})") from None
         step, best = checkpoint["step"], checkpoint["best_miou"]
         rows = read_log(folder / "log.csv", step)
         if checkpoint["classes"] != classes:
-            say(f"Note: {args.data} is not what it was when {folder / 'last.pt'} was written.")
+            say(f"Note: {args.data} is not what it was when {last} was written.")
         say(f"Continuing {folder} at step {step}.")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(vars(stored), indent=1))
-    say(f"{args.model}, {sum(p.numel() for p in network.parameters()):,} parameters, on {classes['source']} "
-        f"({args.data}: {len(training.frames):,} train, {len(validation.frames):,} val frames, images at "
-        f"{training.size}x{training.size})\n{args.iterations:,} steps of {args.batch_size} images, "
-        f"{model_class.recipe['optimizer']}, learning rate {args.lr:g}, {args.precision} on {device}, seed {args.seed}; "
-        f"into {folder}")
+        write_text(folder / "config.json", json.dumps(stored, indent=1))
+    say(f"{args.model}, {sum(p.numel() for p in network.parameters()):,} parameters, on "
+        f"{classes['source']} ({args.data}: {len(training.frames):,} train, "
+        f"{len(validation.frames):,} val frames, images at {training.size}x{training.size})\n"
+        f"{args.iterations:,} steps of {args.batch_size} images, {recipe['optimizer']}, learning "
+        f"rate {args.lr:g}, {args.precision} on {device}, seed {args.seed}; into {folder}")
     if criterion.weights is not None:
         pairs = zip(classes["names"], criterion.weights.tolist())
-        say(f"class weights, {args.weighting}: " + ", ".join(f"{name} {weight:.4f}" for name, weight in pairs))
+        say(f"class weights, {args.weighting}: " + ", ".join(f"{n} {w:.4f}" for n, w in pairs))
     if world > 1 and device.type == "cpu" and args.bn_after < args.iterations:
-        say("Note: synchronised batch normalisation needs GPUs; here each process normalises by its own share.")
-    if args.coarse_to_fine or args.joints != "none":
-        if rank == 0:
-            draw_supervision(folder, training, args, classes)
+        say("Note: synchronised batch normalisation needs GPUs; here each process normalises by "
+            "its own share.")
+    if rank == 0 and (args.coarse_to_fine or args.joints != "none"):
+        draw_supervision(folder, training, args, classes)
 
     if args.compile:
-        network.compile()                                   # in place: the weights keep their names
+        network.compile()                                   # in place: weights keep their names
     model = network
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+        devices = [device.index] if device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(network, devices)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    norms = batch_norms(network)
+    norms = [module for module in network.modules()
+             if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def to_train_mode():
         network.train()
@@ -729,54 +759,61 @@ def train(args, folder, resume=False):
             norm.train(step >= args.bn_after)
 
     def save(name):
-        if rank:
-            return
-        checkpoint = dict(model=args.model, kwargs=network_options(args, classes), weights=network.state_dict(),
-                          optimizer=optimizer.state_dict(), step=step, best_miou=best, classes=classes,
-                          settings=vars(stored), logit_weights=criterion.weights.tolist()
-                          if criterion.way == "direct" else None)
-        write_atomically(folder / name, lambda file: torch.save(checkpoint, file))
+        checkpoint = dict(
+            model=args.model, kwargs=network_options(args, classes), weights=network.state_dict(),
+            optimizer=optimizer.state_dict(), step=step, best_miou=best, classes=classes,
+            settings=stored,
+            logit_weights=criterion.weights.tolist() if criterion.way == "direct" else None)
+        if rank == 0:
+            memory = io.BytesIO()                           # torch.save hides that a disk is full
+            torch.save(checkpoint, memory)
+            write_atomically(folder / name, lambda file: file.write(memory.getbuffer()))
 
     def check_point(throughput, wait):
-        """Validates, and writes best.pt, log.csv, last.pt and the curves, in the order that a kill cannot hurt."""
+        """Validates; writes best.pt, log.csv, last.pt and curves in an order no kill can hurt."""
         nonlocal best
-        results = []
-        for split, indices in zip((measured, validation), chosen):
-            result = validate(network, split, indices, args, classes, criterion, device, lambda: signals.received)
-            if result is None:
-                return
-            results.append((result[0], evaluate.metrics(result[1])))
-        (train_loss, on_train), (val_loss, on_val) = results
-        row = dict(zip(LOG, (step, train_loss, val_loss, on_train["miou"], on_val["miou"], on_val["accuracy"],
-                             on_val["f1"], on_val["body_f1"], learning_rate(model_class.recipe, args.lr, step - 1,
-                                                                            args.iterations), throughput, wait)))
-        rows.append(row)
-        if (on_val["miou"] or 0) > best:
+        results = [validate(network, split, indices, args, classes, criterion, device,
+                            lambda: signals.received)
+                   for split, indices in zip((measured, validation), chosen)]
+        if None in results:
+            return
+        (train_loss, on_train), (val_loss, on_val) = ((loss, evaluate.metrics(confusion))
+                                                      for loss, confusion in results)
+        rate = learning_rate(recipe, args.lr, step - 1, args.iterations)
+        rows.append(dict(zip(LOG, (
+            step, train_loss, val_loss, on_train["miou"], on_val["miou"], on_val["accuracy"],
+            on_val["f1"], on_val["body_f1"], rate, throughput, wait))))
+        if (on_val["miou"] or 0.0) > best:
             best = on_val["miou"] or 0.0
             save("best.pt")
         if rank == 0:
             write_log(folder / "log.csv", rows)
-        save("last.pt")
-        if rank == 0:
-            draw_curves(folder / "curves.png", {args.model: rows}, f"{folder.name} ({classes['source']})")
-        tqdm.write(f"step {step:6d}  loss {train_loss:.4f} / {val_loss:.4f}  mIoU {100 * on_train['miou']:5.2f} / "
-                   f"{100 * on_val['miou']:5.2f} %  (train / validation)  {throughput:6.1f} images/s  "
-                   f"waiting for data {100 * wait:4.1f} %") if rank == 0 else None
+            save("last.pt")
+            draw_curves(folder / "curves.png", {args.model: rows},
+                        f"{folder.name} ({classes['source']})")
+            tqdm.write(f"step {step:6d}  loss {train_loss:.4f} / {val_loss:.4f}  "
+                       f"mIoU {percent(on_train['miou']):>5} / {percent(on_val['miou']):>5} %  "
+                       f"(train / validation)  {throughput:6.1f} images/s  "
+                       f"waiting for data {100 * wait:4.1f} %")
 
     def due():
-        last = rows[-1]["step"] if rows else 0
-        return step > last and (step % args.val_every == 0 or step == args.iterations)
+        measured_at = rows[-1]["step"] if rows else 0
+        return step > measured_at and (step % args.val_every == 0 or step == args.iterations)
 
-    order = FrameOrder(len(training.frames), args.batch_size, args.iterations, args.seed, rank, world)
+    order = FrameOrder(len(training.frames), args.batch_size, args.iterations, args.seed, rank,
+                       world)
     signals = Signals()
-    bar = tqdm(total=args.iterations, initial=step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=args.iterations, initial=step, unit="step",
+               disable=rank > 0 or not sys.stderr.isatty())
     try:
-        if due():                                           # stopped between a step and its validation
+        if due():                                           # stopped between step and validation
             check_point(0.0, 0.0)
         to_train_mode()
-        batches = evaluate.stream(Batches(training, order), step, args.iterations, args.workers, device)
+        batches = evaluate.stream(Batches(training, order), step, args.iterations, args.workers,
+                                  device)
         began, waited, images_seen = time.perf_counter(), 0.0, 0
-        while step < args.iterations and not signals.received:
+        stop = signals.received if world == 1 else 0
+        while step < args.iterations and not stop:
             asked = time.perf_counter()
             loaded = next(batches)
             waited += time.perf_counter() - asked
@@ -784,75 +821,69 @@ def train(args, folder, resume=False):
             with evaluate.autocast(device, args.precision):
                 outputs = model(images)
             total, main = network.loss(outputs, batch, criterion)
-            flag = torch.full((), float(signals.received), device=device)
-            seen = torch.stack([total.detach(), main.detach(), flag])
-            if world > 1:                                   # every process sees the same loss and the same signal
-                dist.all_reduce(seen)
+            signalled = torch.full((), float(signals.received), device=device)
+            seen = torch.stack([total.detach(), main.detach(), signalled])
+            if world > 1:                                   # all see the same loss and signal,
+                dist.all_reduce(seen)                       # and so all leave the loop together
             seen = to_host(seen, device)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            if step < args.bn_after:                        # without a gradient the optimiser leaves them alone
+            if step < args.bn_after:                        # without a gradient, no update
                 for norm in norms:
                     norm.weight.grad = norm.bias.grad = None
             loss, main_loss, stop = seen()
             if not math.isfinite(loss):
-                raise Trouble(f"the loss of step {step} is {loss}; the weights were not touched. The frames of that "
-                              f"batch: {', '.join(batch['frames'])}. A lower --lr often helps; the checkpoint before "
-                              f"it is {folder / 'last.pt'}")
+                raise Trouble(f"the loss of step {step} is {loss}; the weights were not touched. "
+                              f"The frames of that batch: {', '.join(batch['frames'])}. A lower "
+                              f"--lr often helps; the checkpoint before it is {last}")
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(model_class.recipe, args.lr, step, args.iterations)
+                group["lr"] = learning_rate(recipe, args.lr, step, args.iterations)
             optimizer.step()
             step += 1
             images_seen += args.batch_size
             bar.update()
             if step == args.bn_after:
                 to_train_mode()
+            elapsed = time.perf_counter() - began
             if step % 10 == 0 or step == args.iterations:
-                elapsed = time.perf_counter() - began
-                bar.set_postfix_str(f"loss {main_loss / world:.3f}, best mIoU {100 * max(best, 0):.1f} %, "
-                                    f"{images_seen / elapsed:.1f} images/s", refresh=False)
+                bar.set_postfix_str(f"loss {main_loss / world:.3f}, best mIoU "
+                                    f"{100 * max(best, 0):.1f} %, {images_seen / elapsed:.1f} "
+                                    "images/s", refresh=False)
             if due():
-                elapsed = time.perf_counter() - began
                 check_point(images_seen / elapsed, waited / elapsed)
                 to_train_mode()
                 began, waited, images_seen = time.perf_counter(), 0.0, 0
-            if stop:
-                signals.received = signals.received or int(stop)
-        if signals.received:
+            if world == 1:
+                stop = signals.received
+        if stop:
             save("last.pt")
-            raise Stopped(signals.received, step, folder)
+            raise Stopped(signals.received or signal.SIGTERM, step, folder)
     except StopIteration:
-        raise Trouble(f"the data ended before step {step}; {folder / 'last.pt'} is kept") from None
+        raise Trouble(f"the data ended before step {step}; {last} is kept") from None
     except OSError as error:
-        raise Trouble(f"{error.filename or folder} cannot be written or read ({error.strerror or error}); the last good "
-                      f"checkpoint stays as it is. When that is mended: python train.py --resume {folder}") from None
-    except torch.OutOfMemoryError:
-        raise Trouble(out_of_memory(args)) from None
-    except RuntimeError as error:
+        raise Trouble(f"{error.filename or folder} cannot be written or read "
+                      f"({error.strerror or error}); the last good checkpoint stays as it is. When "
+                      f"that is mended: python train.py --resume {folder}") from None
+    except (RuntimeError, MemoryError) as error:            # torch's OutOfMemoryError is the former
         if "DataLoader worker" in str(error):
-            raise Trouble(f"a data worker died at step {step} (killed, or out of memory); "
-                          f"{folder / 'last.pt'} is intact: python train.py --resume {folder}") from None
-        if "alloc" in str(error) and "memory" in str(error):
-            raise Trouble(out_of_memory(args)) from None
+            raise Trouble(f"a data worker died at step {step} (killed, or out of memory); {last} "
+                          f"is intact: python train.py --resume {folder}") from None
+        lacking = "alloc" in str(error) and "memory" in str(error)
+        if lacking or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            way = (f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else
+                   "a smaller --size, or --checkpoint-activations (hourglass)")
+            raise Trouble(f"out of memory at --batch-size {args.batch_size}: try {way}") from None
         raise
     finally:
         bar.close()
         signals.restore()
-    return folder
 
 
-def out_of_memory(args):
-    half = max(1, args.batch_size // 2)
-    return (f"out of memory at --batch-size {args.batch_size}: try --batch-size {half}" if half < args.batch_size else
-            "out of memory with one image: try a smaller --size, or --checkpoint-activations (hourglass)")
+# -------------------------------------------- the study (paper, Section 3.1): the better goes on
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The study (paper, Section 3.1): one network, step by step, the better one goes on
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Published: (mIoU, accuracy, F1) in percent. The F1 of ICNet and the hourglass is that of body against background, the
-# F1 of SegNet the mean over classes. The hourglass's figures are the final thesis's; the paper leaves them empty.
+# Published: (mIoU, accuracy, F1) in percent. The F1 of ICNet and the hourglass is that of body
+# against background, the F1 of SegNet the mean over classes. The hourglass's figures are the final
+# thesis's; the paper leaves them empty.
 PUBLISHED = {
     "icnet": {"normal": (38.19, 94.64, 88.17), "doubled": (27.51, 93.01, 84.97),
               "normal + augmentation": (32.60, 91.15, 91.61), "test": (45.14, 95.76, 89.73)},
@@ -861,164 +892,172 @@ PUBLISHED = {
     "hourglass": {"plain": (63.19, 98.75, 95.24), "coarse-to-fine": (16.22, 90.58, 61.98),
                   "joint branch": (58.05, 97.18, 96.05), "test": (55.32, 97.02, 93.07)},
 }
-# Tables 2 and 5: mIoU, mean class accuracy, and the accuracy of background, head, torso, upper and lower legs, neck,
-# shoulders, upper and lower arms, feet, hands, fingers, toes.
+TABLES = {"icnet": "123", "segnet": "456"}
+# Tables 2 and 5: mIoU, mean class accuracy, and the accuracy of background, head, torso, upper and
+# lower legs, neck, shoulders, upper and lower arms, feet, hands, fingers, toes; as printed.
 PUBLISHED_CLASSES = {
     "icnet": {
-        "none": (38.2, 48.7, 98.9, 84.9, 74.78, 64.3, 53.8, 64.0, 54.2, 52.7, 39.5, 32.3, 19.8, 9.3, 9.5),
-        "w1-outer": (37.5, 52.3, 97.7, 90.0, 74.8, 70.9, 61.7, 60.9, 56.0, 57.34, 50.1, 38.9, 22.9, 10.2, 11.3),
-        "w1-direct": (6.5, 7.9, 99.9, 6.13, 15.5, 7.7, 0.8, 0.0, 4.7, 1.9, 0.0, 3.6, 0.0, 0.0, 0.0),
-        "w2-outer": (25.8, 54.8, 89.2, 89.3, 61.6, 64.1, 65.2, 72.4, 60.3, 47.0, 46.03, 52.35, 33.4, 31.0, 36.9),
-        "w2-direct": (25.5, 34.0, 99.3, 78.7, 70.7, 70.0, 59.0, 1.9, 8.9, 32.9, 15.7, 7.1, 0.5, 0.0, 0.0)},
+        "none": "38.2 48.7 98.9 84.9 74.78 64.3 53.8 64.0 54.2 52.7 39.5 32.3 19.8 9.3 9.5",
+        "w1-outer": "37.5 52.3 97.7 90.0 74.8 70.9 61.7 60.9 56.0 57.34 50.1 38.9 22.9 10.2 11.3",
+        "w1-direct": "6.5 7.9 99.9 6.13 15.5 7.7 0.8 0.0 4.7 1.9 0.0 3.6 0.0 0.0 0.0",
+        "w2-outer": "25.8 54.8 89.2 89.3 61.6 64.1 65.2 72.4 60.3 47.0 46.03 52.35 33.4 31.0 36.9",
+        "w2-direct": "25.5 34.0 99.3 78.7 70.7 70.0 59.0 1.9 8.9 32.9 15.7 7.1 0.5 0.0 0.0"},
     "segnet": {
-        "none": (39.17, 49.9, 99.1, 84.2, 70.9, 63.2, 58.4, 58.1, 51.8, 52.7, 43.9, 39.9, 28.8, 12.4, 9.8),
-        "w1-outer": (38.8, 55.6, 97.5, 90.3, 74.2, 66.8, 61.8, 58.3, 65.1, 62.0, 49.6, 42.0, 36.3, 25.3, 14.2),
-        "w2-outer": (21.65, 56.3, 78.18, 79.8, 65.6, 60.0, 57.1, 85.8, 71.1, 52.5, 51.8, 44.2, 41.7, 34.1, 38.4)},
+        "none": "39.17 49.9 99.1 84.2 70.9 63.2 58.4 58.1 51.8 52.7 43.9 39.9 28.8 12.4 9.8",
+        "w1-outer": "38.8 55.6 97.5 90.3 74.2 66.8 61.8 58.3 65.1 62.0 49.6 42.0 36.3 25.3 14.2",
+        "w2-outer": "21.65 56.3 78.18 79.8 65.6 60.0 57.1 85.8 71.1 52.5 51.8 44.2 41.7 34.1 38.4"},
 }
 
 
 def study(args, given, folder):
-    """The paper's protocol for one network, as ordinary runs under `folder`, and report.md. Returns the folder.
+    """The paper's protocol for one network, as ordinary runs under `folder`, and report.md.
 
-    icnet, segnet: normal or doubled; the better, with augmentation; the better of that, weighted (SegNet: outer only,
-    as in Table 5); the best for --final-iterations; the test split. hourglass: plain, coarse-to-fine, joint branch.
-    Rows that are finished are only measured again; the one that was interrupted continues.
+    icnet, segnet: normal or doubled; the better, with augmentation; the better of that, weighted
+    (SegNet: outer only, as in Table 5); the best for --final-iterations; the test split. hourglass:
+    plain, coarse-to-fine, joint branch. Rows that are finished are only measured again; the one
+    that was interrupted continues.
     """
     config = folder / "config.json"
     if config.exists():
         before = vars(read_settings(folder))
-        changed = [name for name, value in vars(args).items()
-                   if value != before[name] and name not in ("out", "data", *MAY_CHANGE[:-1])]
-        if changed:
-            raise Problem(f"{folder} holds a study with another --{changed[0].replace('_', '-')} "
-                          f"({before[changed[0]]}): repeat that command to continue it, or give --out")
+        free = {"out", "data", *MAY_CHANGE} - {"iterations"}
+        for name, value in vars(args).items():
+            if value != before[name] and name not in free:
+                raise Problem(f"{folder} holds a study with another {flag(name)} ({before[name]}): "
+                              "repeat that command to continue it, or give --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(config, json.dumps(vars(args), indent=1))
-    rows = {}
+    rows, decisions = {}, []
 
     def row(name, **changes):
-        """Trains one row (or finishes, or skips it) and measures its best.pt on the whole validation split."""
-        options = {key: value for key, value in given.items() if key not in ("study", "out", "final_iterations",
-                                                                               "resume")}
+        """Trains one row (or finishes, or skips it) and measures its best.pt on all of val."""
+        options = {key: value for key, value in given.items()
+                   if key not in ("study", "out", "final_iterations")
+                   and not (key.startswith("joints_") and "joints" not in changes)}
         settings = resolve(options | changes)
         place = folder / name.replace(" + ", "-").replace(" ", "-")
-        resume = (place / "config.json").exists()
-        done = False
-        if (place / "last.pt").exists():
-            done = load_run(place / "last.pt")["step"] >= settings.iterations
-        print(f"\n--- {name}: {'finished' if done else 'continuing' if resume else 'starting'} ({place})", flush=True)
+        resume, last = (place / "config.json").exists(), place / "last.pt"
+        done = last.exists() and load_run(last)["step"] >= settings.iterations
+        state = "finished" if done else "continuing" if resume else "starting"
+        print(f"\n--- {name}: {state} ({place})", flush=True)
         if not done:
             train(settings, place, resume)
-        rows[name] = measure(place, "val") | {"changes": changes, "name": name, "folder": place}
+        rows[name] = measure(place, "val") | dict(changes=changes, name=name, folder=place)
         return rows[name]
 
     def better(old, new):
-        """The row with the higher mIoU; a difference within its confidence interval is said to be one."""
-        difference, half = evaluate.paired_difference(new["confusions"], old["confusions"], new["frames"])
+        """The row with the higher mIoU; a difference within its confidence interval is noted."""
+        difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
+                                                      new["frames"])
         winner = new if difference > 0 else old
-        tie = "" if abs(difference) > half else ", within its 95 % interval: over these images it may be chance"
-        decisions.append(f"{new['name']} against {old['name']}: {100 * difference:+.2f} +- {100 * half:.2f} points of "
-                         f"mIoU{tie}. On goes: **{winner['name']}**.")
+        tie = "" if abs(difference) > half else \
+            ", within its 95 % interval: over these images it may be chance"
+        decisions.append(f"{new['name']} against {old['name']}: {100 * difference:+.2f} +- "
+                         f"{100 * half:.2f} points of mIoU{tie}. On goes: **{winner['name']}**.")
         return winner
 
-    decisions = []
+    base, weightings = None, []
     if args.model == "hourglass":
-        joints = "surreal" if (Path(find_data(args, 0)) / "train" / "joints.npz").exists() else "centroids"
-        best = row("plain")
-        best = better(best, row("coarse-to-fine", coarse_to_fine=True))
-        best = better(best, row("joint branch", joints=joints))
-        weightings = []
+        has_joints = (Path(find_data(args, 0)) / "train" / "joints.npz").exists()
+        best = better(row("plain"), row("coarse-to-fine", coarse_to_fine=True))
+        best = better(best, row("joint branch", joints="surreal" if has_joints else "centroids"))
     else:
         best = better(row("normal"), row("doubled", double_filters=True))
-        best = better(best, row(f"{best['name']} + augmentation", augment=[], **best["changes"]))
-        weightings = [name for name in WEIGHTINGS[1:] if args.model == "icnet" or name.endswith("outer")]
-        unweighted = best
-        for name in weightings:
-            best = better(best, row(f"{unweighted['name']} + {name}", weighting=name, **unweighted["changes"]))
-    final = row(f"{best['name']}, long", **{**best["changes"], "iterations": args.final_iterations})
+        base = best = better(best, row(f"{best['name']} + augmentation",
+                                       augment=["mirror", "scale"], **best["changes"]))
+        weightings = [w for w in WEIGHTINGS[1:] if args.model == "icnet" or w.endswith("outer")]
+        for way in weightings:
+            best = better(best, row(f"{base['name']} + {way}", weighting=way, **base["changes"]))
+    final = row(f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
     test = measure(final["folder"], "test") | {"name": best["name"]}
-    base = None if args.model == "hourglass" else unweighted
-    write_text(folder / "report.md", study_report(args, rows, base, weightings, test, decisions))
-    draw_curves(folder / "curves.png", {name: read_log(one["folder"] / "log.csv", math.inf)
-                                        for name, one in rows.items()},
+    report = study_report(args, rows, base, weightings, test, decisions)
+    write_text(folder / "report.md", report)
+    draw_curves(folder / "curves.png",
+                {name: read_log(one["folder"] / "log.csv") for name, one in rows.items()},
                 f"{args.model} study ({test['source']})")
-    print(f"\n{(folder / 'report.md').read_text()}\nWritten: {folder / 'report.md'}, {folder / 'curves.png'}")
-    return folder
+    print(f"\n{report}\nWritten: {folder / 'report.md'}, {folder / 'curves.png'}")
 
 
 def measure(folder, split):
-    """The best.pt of a run over a whole split: confusions (N, K, K), frames, metrics, their 95 % half widths."""
+    """The best.pt of a run over a whole split: confusions (N, K, K), frames, metrics, their 95 %
+    half widths, and mIoU from the raw logits where the weighting is direct."""
     checkpoint = evaluate.load_checkpoint(folder / "best.pt")
-    settings = checkpoint["settings"]
+    settings, classes = checkpoint["settings"], checkpoint["classes"]
     device = evaluate.pick_device(settings["device"])
+    precision = evaluate.pick_precision(device, settings["precision"])
     model = evaluate.build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    classes = checkpoint["classes"]
     data = Split(settings["data"], split, classes, settings["size"])
-    confusions, raw = evaluate.evaluate_split(
-        model, data, classes, device, evaluate.pick_precision(device, settings["precision"]), 16, settings["workers"],
-        checkpoint["logit_weights"])
-    figures = evaluate.metrics(confusions.sum(0), classes["groups"])
-    halves = evaluate.bootstrap(confusions, data.frames)
-    return dict(confusions=confusions, frames=data.frames, figures=figures, halves=halves,
-                source=classes["source"], raw=None if raw is None else evaluate.metrics(raw)["miou"],
-                parameters=sum(parameter.numel() for parameter in model.parameters()))
+    confusions, raw = evaluate.evaluate_split(model, data, classes, device, precision, 16,
+                                              settings["workers"], checkpoint["logit_weights"])
+    return dict(confusions=confusions, frames=data.frames, source=classes["source"],
+                figures=evaluate.metrics(confusions.sum(0), classes["groups"]),
+                halves=evaluate.bootstrap(confusions, data.frames),
+                raw=None if raw is None else evaluate.metrics(raw)["miou"])
+
+
+def percent(value):
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def table(header, rows):
+    """Lines of a Markdown table; header and rows are lists of strings."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)] + [""]
 
 
 def study_report(args, rows, base, weightings, test, decisions):
-    """report.md: the paper's tables for this network, the published figures beside ours, and which step won."""
+    """report.md: the paper's tables for this network, published figures beside ours, who won."""
     published = PUBLISHED[args.model]
-    f1 = "f1" if args.model == "segnet" else "body_f1"
-    word = "mean over classes" if f1 == "f1" else "body against background"
-    numbers = {"icnet": (1, 2, 3), "segnet": (4, 5, 6), "hourglass": (None, None, None)}[args.model]
-    percent = lambda value: "-" if value is None else f"{100 * value:.2f}"
+    f1, meaning = ("f1", "mean over classes") if args.model == "segnet" else \
+        ("body_f1", "body against background")
+    titles = [f"Table {number}: " for number in TABLES.get(args.model, "")] or ["", "", ""]
+    weighted = {way: f"{base['name']} + {way}" for way in weightings}
 
-    def three(names_and_rows, title):
-        lines = [f"## {title}", "", f"| architecture | mIoU (%) | published | accuracy (%) | published | F1, {word} (%) "
-                 "| published |", "|---|---|---|---|---|---|---|"]
-        for name, one, key in names_and_rows:
-            cells = [name]
-            for index, metric in enumerate(("miou", "accuracy", f1)):
-                half = one["halves"].get(metric)
-                interval = f" +- {100 * half:.2f}" if half is not None else ""
-                cells += [percent(one["figures"][metric]) + interval, f"{published[key][index]:.2f}"
-                          if key in published else "-"]
-            lines.append(f"| {' | '.join(cells)} |")
-        return lines + [""]
+    def figures(name, one, key):
+        cells = [name]
+        for metric, theirs in zip(("miou", "accuracy", f1), published.get(key, (None,) * 3)):
+            half = one["halves"].get(metric)
+            cells += [percent(one["figures"][metric]) + ("" if half is None else f" +- {percent(half)}"),
+                      "-" if theirs is None else f"{theirs:.2f}"]
+        return cells
 
+    header = ["architecture", "mIoU (%)", "published", "accuracy (%)", "published",
+              f"F1, {meaning} (%)", "published"]
     lines = [f"# The study of {args.model}", "",
-             f"Data: **{test['source']}**. The published columns are SURREAL's, on other frames and after 40,000 steps "
-             f"(final: 90,000); here {args.iterations:,} steps (final: {args.final_iterations:,}) of {args.batch_size} "
-             f"images at {args.size or 'full'} pixels, seed {args.seed}. Behind +-: 95 % intervals over the clips that "
-             "were measured; another training seed moves the figures too.", ""]
-    number = lambda index: f"Table {numbers[index]}: " if numbers[index] else ""
-    long_run = [name for name in rows if name.endswith(", long")]
-    weighted = [f"{base['name']} + {way}" for way in weightings] if base else []
-    lines += three([(name, one, name) for name, one in rows.items() if name not in long_run + weighted],
-                   f"{number(0)}validation")
+             f"Data: **{test['source']}**. The published columns are SURREAL's, on other frames "
+             f"and after 40,000 steps (final: 90,000); here {args.iterations:,} steps (final: "
+             f"{args.final_iterations:,}) of {args.batch_size} images at {args.size or 'full'} "
+             f"pixels, seed {args.seed}. Behind +-: 95 % intervals over the clips that were "
+             "measured; another training seed moves the figures too.", "",
+             f"## {titles[0]}validation", ""]
+    lines += table(header, [figures(name, one, name) for name, one in rows.items()
+                            if name not in weighted.values() and not name.endswith(", long")])
     if weightings:
         groups = list(base["figures"]["columns"])
-        lines += [f"## {number(1)}class weighting, accuracy per class (%), validation", "",
-                  f"| weighting | mIoU | all classes | {' | '.join(groups)} |", "|---" * (len(groups) + 3) + "|"]
-        for way in ["none", *weightings]:
-            one = base if way == "none" else rows[f"{base['name']} + {way}"]
-            cells = [one["figures"]["miou"], one["figures"]["class_accuracy"], *one["figures"]["columns"].values()]
-            lines.append(f"| {way} | {' | '.join(percent(cell) for cell in cells)} |")
+        cells = []
+        for way, one in [("none", base)] + [(way, rows[name]) for way, name in weighted.items()]:
+            ours = one["figures"]
+            cells.append([way, *map(percent, [ours["miou"], ours["class_accuracy"],
+                                              *ours["columns"].values()])])
             if len(groups) == 13:
-                old = PUBLISHED_CLASSES[args.model][way]
-                lines.append(f"| *{way}, published* | {' | '.join(f'*{cell}*' for cell in old)} |")
-        raw = [f"{way} {percent(rows[name]['raw'])} instead of {percent(rows[name]['figures']['miou'])}"
-               for way, name in zip(weightings, weighted) if rows[name]["raw"] is not None]
+                theirs = PUBLISHED_CLASSES[args.model][way].split()
+                cells.append([f"*{way}, published*", *(f"*{cell}*" for cell in theirs)])
+        lines += [f"## {titles[1]}class weighting, accuracy per class (%), validation", ""]
+        lines += table(["weighting", "mIoU", "all classes", *groups], cells)
+        raw = [f"{way} {percent(rows[name]['raw'])} instead of "
+               f"{percent(rows[name]['figures']['miou'])}"
+               for way, name in weighted.items() if rows[name]["raw"] is not None]
         if raw:
-            lines += ["", "Direct weighting as its authors read it, the argmax of the unweighted logits: mIoU "
-                      f"{'; '.join(raw)}."]
-        lines.append("")
-    lines += three([(f"{test['name']}, {args.final_iterations:,} steps", test, "test")], f"{number(2)}test")
-    lines += ["## Which step won", ""] + [f"- {decision}" for decision in decisions]
-    lines += ["", "![loss and mIoU of every row](curves.png)", ""]
+            lines += ["Direct weighting as its authors read it, the argmax of the unweighted "
+                      f"logits: mIoU {'; '.join(raw)}.", ""]
+    lines += [f"## {titles[2]}test", ""]
+    name = f"{test['name']}, {args.final_iterations:,} steps"
+    lines += table(header, [figures(name, test, "test")])
+    lines += ["## Which step won", "", *(f"- {decision}" for decision in decisions),
+              "", "![loss and mIoU of every row](curves.png)", ""]
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------- the command line
 
 def newest_run():
     runs = sorted(Path("runs").glob("**/config.json"), key=lambda path: path.stat().st_mtime)
@@ -1030,51 +1069,60 @@ def newest_run():
 def start(argv):
     """From the command line to a finished run. Raises Problem, Trouble or Stopped."""
     given = parse(argv)
-    if "resume" in given and "study" in given:
+    if "resume" not in given:
+        args = resolve(given)
+        if args.study:
+            return study(args, given, Path(args.out or f"runs/{args.model}-study"))
+        folder = Path(args.out or f"runs/{run_name(args)}")
+        if any((folder / name).exists() for name in ("config.json", "last.pt", "best.pt")):
+            raise Problem(f"{folder} already holds a run: continue it with --resume {folder}, or "
+                          "give another --out")
+        return train(args, folder)
+
+    if "study" in given:
         raise Problem("--study needs no --resume: the same command continues it")
-    if "resume" in given:
-        where = given["resume"] or given.get("out")
-        folder = Path(where) if where else Path("runs") / run_name(resolve(given)) if "model" in given else newest_run()
-        args = read_settings(folder)
-        for name, value in given.items():
-            stored = getattr(args, name)
-            value = 2.0 if name == "width" and value == 2 else value
-            if name in MAY_CHANGE:
-                setattr(args, name, value)
-            elif name not in ("resume", "out") and value != stored and not (name == "augment" and not value and stored):
-                raise Problem(f"--{name.replace('_', '-')} {value} differs from the {stored} that {folder} was started "
-                              f"with; only {', '.join('--' + one for one in MAY_CHANGE)} may change on --resume")
-        return train(args, folder, resume=True)
-    args = resolve(given)
+    folder = given["resume"] or given.get("out")
+    if not folder:
+        folder = f"runs/{run_name(resolve(given))}" if "model" in given else newest_run()
+    folder = Path(folder)
+    args = read_settings(folder)
     if args.study:
-        return study(args, given, Path(args.out or f"runs/{args.model}-study"))
-    folder = Path(args.out or Path("runs") / run_name(args))
-    if any((folder / name).exists() for name in ("config.json", "last.pt", "best.pt")):
-        raise Problem(f"{folder} already holds a run: continue it with --resume {folder}, or give another --out")
-    return train(args, folder)
+        raise Problem(f"{folder} holds a study: repeat the command that started it to continue it")
+    for name, value in given.items():
+        if name in MAY_CHANGE:
+            setattr(args, name, value)
+        elif name not in ("resume", "out") and value != getattr(args, name):
+            raise Problem(f"{flag(name)} {value} differs from the {getattr(args, name)} that "
+                          f"{folder} was started with; only {', '.join(map(flag, MAY_CHANGE))} may "
+                          "change on --resume")
+    return train(args, folder, resume=True)
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit status: 0, 1 (trouble on the way), 2 (bad input), 130 or 143 (signals)."""
+    """Runs the command line; returns the exit status: 0, 1 (trouble on the way), 2 (bad input), 130
+    or 143 (signals)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        folder = start(argv)
+        start(argv)
+        return 0
     except Problem as problem:
         print(f"train.py: {problem}", file=sys.stderr)
         return getattr(problem, "status", 2)
+    except OSError as error:                                # before the first step
+        print(f"train.py: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         number, step, folder = stopped.args
-        again = shlex.join(["train.py", *argv] if "--study" in argv else ["train.py", "--resume", str(folder)])
-        print(f"Stopped by {signal.Signals(number).name} after step {step}; everything is saved. To continue:\n"
-              f"python {again}", file=sys.stderr)
+        again = argv if "--study" in argv else ["--resume", str(folder)]
+        print(f"Stopped by {signal.Signals(number).name} after step {step}; everything is saved. "
+              f"To continue:\npython train.py {shlex.join(again)}", file=sys.stderr)
         return 128 + number
-    except KeyboardInterrupt:                               # between two runs of a study, or while rendering
+    except KeyboardInterrupt:                               # between two runs, or while rendering
         print("Stopped; the same command goes on from here.", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0 if folder else 1
 
 
 if __name__ == "__main__":

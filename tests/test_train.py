@@ -1,5 +1,6 @@
-"""train.py: weights and losses by hand, augmentation on small pictures, the order of frames, runs through the command
-line: every option changes something, wrong ones say so, a resumed run equals an undisturbed one."""
+"""train.py: weights and losses by hand, augmentation on small pictures, the order of frames, runs
+through the command line: every option changes something, wrong ones say so, a resumed run equals an
+undisturbed one."""
 import json
 import os
 import signal
@@ -31,9 +32,9 @@ def classes(data):
 
 
 def command(data, out, *more, model="segnet", iterations=2):
-    return ["--model", model, "--data", str(data), "--out", str(out), "--iterations", str(iterations), "--batch-size",
-            "4", "--val-every", "2", "--val-images", "4", "--width", "0.25", "--workers", "0", "--precision", "fp32",
-            *more]
+    return ["--model", model, "--data", str(data), "--out", str(out), "--width", "0.25",
+            "--iterations", str(iterations), "--batch-size", "4", "--val-every", "2",
+            "--val-images", "4", "--workers", "0", "--precision", "fp32", *more]
 
 
 SMALL_HOURGLASS = ("--stacks", "2", "--features", "32", "--stem-stride", "4", "--width", "1")
@@ -44,16 +45,19 @@ def weights_of(folder, name="last.pt"):
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key])
+                                                 for key in first)
 
 
-# --- class weights and losses ---------------------------------------------------------------------------------------
+# -------------------------------------------- class weights and losses
 
 def test_class_weights_by_hand():
-    # C = 80, 15, 5 of 100. W1 = 1 - C/100. W2: B = 1, 16/3, 16; mean 67/9 = 7.444, population std 6.3026
+    # C = 80, 15, 5 of 100. W1 = 1 - C/100.
+    # W2: B = 1, 16/3, 16; mean 67/9 = 7.444, population std 6.3026.
     assert train.class_weights([80, 15, 5], "w1").tolist() == pytest.approx([0.20, 0.85, 0.95])
     expected = np.array([1.2912, 5.7994, 11.3964])        # B exp(-(B - 7.4444) / 25.2106)
-    assert train.class_weights([80, 15, 5], "w2").numpy() == pytest.approx(expected / expected.max(), rel=1e-4)
+    ours = train.class_weights([80, 15, 5], "w2").numpy()
+    assert ours == pytest.approx(expected / expected.max(), rel=1e-4)
     with pytest.raises(Problem, match="neck"):
         train.class_weights([80, 0, 5], "w1", ["background", "neck", "head"])
 
@@ -81,33 +85,36 @@ def test_losses_against_numpy(weighting):
     weights = np.ones(4) if scheme == "none" else train.class_weights(pixels, scheme).numpy()
     criterion = train.Criterion({"pixels": pixels, "names": names}, weighting)
     ours = criterion(torch.tensor(logits)[None], torch.tensor(labels)[None])
-    assert ours.item() == pytest.approx(numpy_loss(logits.reshape(4, -1), labels.ravel(), weights, way), rel=1e-5)
+    expected = numpy_loss(logits.reshape(4, -1), labels.ravel(), weights, way)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_on_coarser_ids_adds_up_pixels_before_the_weights():
     levels = torch.tensor([0, 1, 1, 1])
     fine = train.Criterion({"pixels": [700, 200, 60, 40], "names": list("abcd")}, "w2-outer")
     coarse = train.Criterion({"pixels": [700, 300], "names": list("ab")}, "w2-outer")
-    logits, labels = torch.randn(1, 2, 3, 3), torch.tensor([[[0, 1, 2], [3, 0, 255], [2, 2, 1]]], dtype=torch.uint8)
+    logits = torch.randn(1, 2, 3, 3)
+    labels = torch.tensor([[[0, 1, 2], [3, 0, 255], [2, 2, 1]]], dtype=torch.uint8)
     merged = torch.where(labels == 255, labels, labels.clamp(max=1))
-    assert fine(logits, labels, levels).item() == pytest.approx(coarse(logits, merged).item(), rel=1e-6)
+    expected = coarse(logits, merged).item()
+    assert fine(logits, labels, levels).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_labels_shrink_by_cell_centres_and_a_batch_without_valid_pixels_costs_nothing():
     criterion = train.Criterion({"pixels": [1, 1], "names": list("ab")})
     labels = torch.zeros(1, 6, 6, dtype=torch.uint8)
     labels[:, 1::3, 1::3] = 1                              # the centre of each 3x3 cell
-    logits = torch.stack([torch.full((1, 2, 2), -30.0), torch.full((1, 2, 2), 30.0)], dim=1).requires_grad_()
+    logits = torch.tensor([-30.0, 30.0]).view(1, 2, 1, 1).repeat(1, 1, 2, 2).requires_grad_()
     assert criterion(logits, labels).item() == pytest.approx(0, abs=1e-6)
     nothing = criterion(logits, torch.full_like(labels, IGNORE))
     nothing.backward()
     assert nothing.item() == 0 and logits.grad.abs().max() == 0
 
 
-# --- augmentation and order -----------------------------------------------------------------------------------------
+# -------------------------------------------- augmentation and order
 
 def labelled(classes):
-    """One 4x4 picture with a left hand (21) at the left edge, its joint on it, and a pixel that does not count."""
+    """One 4x4 picture: a left hand (21) at the left edge, its joint on it, a pixel to ignore."""
     labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
     labels[0, 1, 0], labels[0, 3, 3] = 21, IGNORE
     joints = torch.full((1, len(classes["joint_mirror"]), 2), float("nan"))
@@ -123,14 +130,15 @@ def test_mirror_swaps_sides_and_twice_is_the_identity(classes):
     other = classes["joint_mirror"][20]
     assert other != 20 and joints[0, other].tolist() == [3.0, 1.0]
     again = train.mirror_batch(images, labels, joints, chosen, classes)
-    for one, two in zip(batch, again):
-        assert torch.equal(one.nan_to_num(-9), two.nan_to_num(-9)) if one.is_floating_point() else torch.equal(one, two)
+    assert torch.equal(again[0], batch[0]) and torch.equal(again[1], batch[1])
+    assert torch.equal(again[2].nan_to_num(-9), batch[2].nan_to_num(-9))
     untouched = train.mirror_batch(*batch, torch.tensor([False]), classes)
     assert torch.equal(untouched[0], batch[0]) and torch.equal(untouched[1], batch[1])
 
 
 def test_naive_mirror_leaves_ids_as_they_are(classes):
-    images, labels, joints = train.mirror_batch(*labelled(classes), torch.tensor([True]), classes, swap=False)
+    chosen = torch.tensor([True])
+    images, labels, joints = train.mirror_batch(*labelled(classes), chosen, classes, swap=False)
     assert labels[0, 1].tolist() == [0, 0, 0, 21] and joints[0, 20].tolist() == [3.0, 1.0]
 
 
@@ -140,18 +148,20 @@ def test_scale_by_two_cuts_a_quadrant_and_by_half_surrounds_with_ignore():
     joints = torch.tensor([[[1.0, 0.0]]])
     bigger = train.scale_batch(images, labels, joints, torch.tensor([2.0]), torch.zeros(1, 2))
     assert bigger[1][0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5], [4, 4, 5, 5]]
-    assert bigger[2][0, 0].tolist() == [2.5, 0.5]          # the middle of pixel (1, 0), enlarged: columns 2, 3
+    assert bigger[2][0, 0].tolist() == [2.5, 0.5]          # pixel (1, 0), enlarged: columns 2, 3
     corner = train.scale_batch(images, labels, joints, torch.tensor([2.0]), torch.ones(1, 2))
     assert corner[1][0, 3].tolist() == [14, 14, 15, 15]
     smaller = train.scale_batch(images, labels, joints, torch.tensor([0.5]), torch.zeros(1, 2))
     assert (smaller[1][0, :2, :2] != IGNORE).all() and (smaller[1] == IGNORE).sum() == 12
-    assert smaller[0][0, 0, 0, 0] == pytest.approx(2.5) and smaller[0][0, 0, 3, 3] == 0   # mean of 0, 1, 4, 5; outside
+    assert smaller[0][0, 0, 0, 0] == pytest.approx(2.5)    # mean of 0, 1, 4, 5
+    assert smaller[0][0, 0, 3, 3] == 0                     # outside
     assert smaller[2][0, 0].tolist() == [0.25, -0.25]
 
 
 def test_augmentation_is_a_function_of_seed_and_step_and_shared_out_without_change():
     whole = train.draw_augmentation(3, 17, 8, ["mirror", "scale"])
-    assert all(torch.equal(one, two) for one, two in zip(whole, train.draw_augmentation(3, 17, 8, ["mirror", "scale"])))
+    again = train.draw_augmentation(3, 17, 8, ["mirror", "scale"])
+    assert all(torch.equal(one, two) for one, two in zip(whole, again))
     assert not torch.equal(whole[1], train.draw_augmentation(3, 18, 8, ["mirror", "scale"])[1])
     for rank in range(2):
         part = train.draw_augmentation(3, 17, 8, ["mirror", "scale"], rank, 2)
@@ -172,14 +182,16 @@ def test_order_shows_every_frame_once_an_epoch_on_any_number_of_processes():
 
 
 def test_unswapped_mirror_caps_what_can_be_learned():
-    """Two mirror-symmetric halves, left = 1, right = 2: with the naive mirror each pixel is seen with both labels, and
-    the best a network can do is to guess; with the swap the labels agree and the loss goes to zero."""
+    """Two mirror-symmetric halves, left = 1, right = 2: with the naive mirror each pixel is seen
+    with both labels, and the best a network can do is to guess; with the swap the labels agree and
+    the loss goes to zero."""
     classes = {"mirror": [0, 2, 1], "joint_mirror": [], "pixels": [1, 1, 1], "names": list("abc")}
     labels = torch.tensor([[[1, 1, 2, 2]] * 4] * 2, dtype=torch.uint8)
-    images, losses = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {}
+    images, chosen = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([True, False])
+    losses = {}
     for swap in (True, False):
-        _, seen, _ = train.mirror_batch(images, labels, None, torch.tensor([True, False]), classes, swap)
-        logits = torch.zeros(1, 3, 4, 4, requires_grad=True)            # one free logit a pixel: the best of all nets
+        _, seen, _ = train.mirror_batch(images, labels, None, chosen, classes, swap)
+        logits = torch.zeros(1, 3, 4, 4, requires_grad=True)    # free logits: the best of all nets
         optimizer = torch.optim.Adam([logits], 0.3)
         for _ in range(60):
             loss = train.Criterion(classes)(logits.expand(2, -1, -1, -1), seen)
@@ -188,16 +200,17 @@ def test_unswapped_mirror_caps_what_can_be_learned():
             optimizer.step()
         losses[swap] = loss.item()
     assert losses[True] < 0.01
-    assert losses[False] == pytest.approx(np.log(2), abs=0.01)           # half left, half right: one bit, no less
+    assert losses[False] == pytest.approx(np.log(2), abs=0.01)   # half left, half right: one bit
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------
+# -------------------------------------------- runs
 
 def test_learning_rates():
-    assert train.learning_rate({"schedule": "poly", "schedule_args": {"power": 0.9}}, 0.01, 50, 100) == \
-        pytest.approx(0.01 * 0.5 ** 0.9)
+    poly = {"schedule": "poly", "schedule_args": {"power": 0.9}}
+    assert train.learning_rate(poly, 0.01, 50, 100) == pytest.approx(0.01 * 0.5 ** 0.9)
     step = {"schedule": "step", "schedule_args": {"factor": 0.96, "every": 2000}}
-    assert train.learning_rate(step, 1.0, 1999, 9999) == 1 and train.learning_rate(step, 1.0, 4000, 9999) == 0.96 ** 2
+    assert train.learning_rate(step, 1.0, 1999, 9999) == 1
+    assert train.learning_rate(step, 1.0, 4000, 9999) == 0.96 ** 2
     assert train.learning_rate({"schedule": "constant"}, 0.01, 7, 9) == 0.01
 
 
@@ -212,11 +225,13 @@ def plain(data, tmp_path_factory):
 
 
 FLAGS = [("segnet", ["--weighting", way]) for way in train.WEIGHTINGS[1:]] + [
-    ("segnet", ["--augment", "mirror"]), ("segnet", ["--augment", "scale"]), ("segnet", ["--augment", "naive-mirror"]),
-    ("segnet", ["--bn-after", "2"]), ("segnet", ["--lr", "0.5"]), ("segnet", ["--seed", "5"]),
-    ("segnet", ["--size", "96"]), ("segnet", ["--batch-size", "3"]), ("segnet", ["--precision", "bf16"]),
+    ("segnet", ["--augment", "mirror"]), ("segnet", ["--augment", "scale"]),
+    ("segnet", ["--augment", "naive-mirror"]), ("segnet", ["--bn-after", "2"]),
+    ("segnet", ["--lr", "0.5"]), ("segnet", ["--seed", "5"]), ("segnet", ["--size", "96"]),
+    ("segnet", ["--batch-size", "3"]), ("segnet", ["--precision", "bf16"]),
     ("segnet", ["--variant", "vgg16"]), ("segnet", ["--width", "0.5"]),
-    ("hourglass", ["--coarse-to-fine"]), ("hourglass", ["--joints", "surreal", "--joints-from", "1"]),
+    ("hourglass", ["--coarse-to-fine"]),
+    ("hourglass", ["--joints", "surreal", "--joints-from", "1"]),
     ("hourglass", ["--joints", "centroids", "--joints-from", "1", "--joints-modules", "1"]),
     ("hourglass", ["--stem-stride", "2"])]
 
@@ -241,7 +256,8 @@ def test_checkpointed_activations_compute_the_same(data, plain, tmp_path):
     assert train.main(command(data, tmp_path / "run", *SMALL_HOURGLASS, "--checkpoint-activations",
                               model="hourglass")) == 0
     one, two = weights_of(plain / "hourglass"), weights_of(tmp_path / "run")
-    assert all(torch.allclose(one[name].float(), two[name].float(), rtol=1e-4, atol=1e-5) for name in one)
+    for name in one:
+        assert torch.allclose(one[name].float(), two[name].float(), rtol=1e-4, atol=1e-5)
 
 
 def test_log_and_checkpoint_hold_what_they_should(data, plain):
@@ -249,21 +265,29 @@ def test_log_and_checkpoint_hold_what_they_should(data, plain):
     assert [row["step"] for row in rows] == [2] and tuple(rows[0]) == train.LOG
     checkpoint = torch.load(plain / "icnet" / "best.pt", weights_only=True)
     assert checkpoint["settings"]["batch_size"] == 4 and checkpoint["step"] == 2
-    assert checkpoint["classes"] == evaluate.read_classes(data) and checkpoint["logit_weights"] is None
+    assert checkpoint["classes"] == evaluate.read_classes(data)
+    assert checkpoint["logit_weights"] is None
+
+
+def started(argv):
+    """train.py in a process of its own, to be killed once it has written its first checkpoint."""
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=REPOSITORY, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    checkpoint = Path(argv[argv.index("--out") + 1]) / "last.pt"
+    deadline = time.time() + 60
+    while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    return process
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_killed_and_resumed_equals_undisturbed(data, tmp_path, workers):
-    """kill -9 after the first validation; then the same weights, log and best checkpoint, bit for bit."""
+    """kill -9 after the first validation; then the same weights, log and best one, bit for bit."""
     more = ["--augment", "--weighting", "w1-direct", "--bn-after", "3", "--workers", workers]
     assert train.main(command(data, tmp_path / "whole", *more, iterations=8)) == 0
-    process = subprocess.Popen([sys.executable, "train.py", *command(data, tmp_path / "cut", *more, iterations=8)],
-                               cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not (tmp_path / "cut" / "last.pt").exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
+    process = started(command(data, tmp_path / "cut", *more, iterations=8))
     process.kill()
-    process.wait()
+    process.communicate()
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     for name in ("last.pt", "best.pt"):
         assert same(weights_of(tmp_path / "whole", name), weights_of(tmp_path / "cut", name))
@@ -274,18 +298,16 @@ def test_killed_and_resumed_equals_undisturbed(data, tmp_path, workers):
 
 
 def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", *command(data, tmp_path / "run", iterations=100000)],
-                               cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not (tmp_path / "run" / "last.pt").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    process = started(command(data, tmp_path / "run", iterations=100000))
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and f"--resume {tmp_path / 'run'}" in errors and "Traceback" not in errors
+    assert process.returncode == 143 and "Traceback" not in errors
+    assert f"--resume {tmp_path / 'run'}" in errors
     assert evaluate.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(data, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(data, tmp_path, monkeypatch,
+                                                                        capsys):
     class Broken(train.Criterion):
         calls = 0
 
@@ -302,16 +324,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(data, tm
 
 
 def test_init_from_takes_what_fits_and_refuses_what_does_not(data, plain, tmp_path, capsys):
-    assert train.main(command(data, tmp_path / "run", "--init-from", str(plain / "segnet" / "last.pt"))) == 0
+    before, other = plain / "segnet" / "last.pt", tmp_path / "other.pt"
+    assert train.main(command(data, tmp_path / "run", "--init-from", str(before))) == 0
     assert "nothing was left out" in capsys.readouterr().out
-    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert train.main(command(data, tmp_path / "no", "--init-from", str(tmp_path / "other.pt"))) == 2
+    torch.save({"conv.weight": torch.zeros(3)}, other)
+    assert train.main(command(data, tmp_path / "no", "--init-from", str(other))) == 2
     assert "none of its 1 entries fits" in capsys.readouterr().err
 
 
 def test_init_from_leaves_out_the_classifier_of_other_classes(data, plain, tmp_path, classes):
     checkpoint = torch.load(plain / "segnet" / "last.pt", weights_only=True)
-    checkpoint["classes"] = {**checkpoint["classes"], "names": [f"other {name}" for name in classes["names"]]}
+    checkpoint["classes"]["names"] = [f"other {name}" for name in classes["names"]]
     torch.save(checkpoint, tmp_path / "other.pt")
     network = train.MODELS["segnet"](width=0.25)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -324,23 +347,24 @@ def test_init_from_leaves_out_the_classifier_of_other_classes(data, plain, tmp_p
 
 
 WRONG = [
-    (["--model", "unet"], "unet"), ([], "--model"), (["--model", "segnet", "--lr", "-1"], "-1"),
-    (["--model", "segnet", "--lr", "nan"], "nan"), (["--model", "segnet", "--batch-size", "0"], "0"),
-    (["--model", "segnet", "--iterations", "2.5"], "2.5"), (["--model", "segnet", "--size", "100"], "100"),
-    (["--model", "segnet", "--joints", "surreal"], "--joints"), (["--model", "icnet", "--variant", "basic"], "--variant"),
-    (["--model", "segnet", "--double-filters", "--width", "3"], "--double-filters"),
-    (["--model", "segnet", "--augment", "mirror", "naive-mirror"], "naive-mirror"),
-    (["--model", "segnet", "--weighting", "w3"], "w3"), (["--model", "segnet", "--device", "gpu"], "gpu"),
+    ([], "--model"), (["--model", "unet"], "unet"), (["--resume", "nowhere"], "nowhere"),
+    (["--model", "icnet", "--variant", "basic"], "--variant"),
     (["--model", "hourglass", "--joints", "surreal", "--joints-from", "5"], "--joints-from 5"),
-    (["--model", "segnet", "--learning-rate", "1"], "--learning-rate"), (["--resume", "nowhere"], "nowhere"),
-    (["--model", "segnet", "--data", "nowhere"], "nowhere"), (["--model", "segnet", "--seed", "-3"], "-3"),
-    (["--model", "segnet", "--init-from", "nowhere.pt"], "nowhere.pt")]
+    *((["--model", "segnet", *options], named) for options, named in (
+        (["--lr", "-1"], "-1"), (["--lr", "nan"], "nan"), (["--batch-size", "0"], "0"),
+        (["--iterations", "2.5"], "2.5"),
+        (["--size", "100"], "100"), (["--seed", "-3"], "-3"), (["--weighting", "w3"], "w3"),
+        (["--joints", "surreal"], "--joints"), (["--device", "gpu"], "gpu"),
+        (["--double-filters", "--width", "3"], "--double-filters"),
+        (["--augment", "mirror", "naive-mirror"], "naive-mirror"),
+        (["--learning-rate", "1"], "--learning-rate"), (["--data", "nowhere"], "nowhere"),
+        (["--init-from", "nowhere.pt"], "nowhere.pt"), (["--study", "--width", "2"], "--width")))]
 
 
-@pytest.mark.parametrize("argv, named", WRONG, ids=[" ".join(argv) or "nothing" for argv, _ in WRONG])
+@pytest.mark.parametrize("argv, named", WRONG, ids=[" ".join(argv) for argv, _ in WRONG])
 def test_wrong_options_cost_one_sentence_and_status_2(argv, named, data, tmp_path, capsys):
-    argv = argv if "--data" in argv or not argv or "--resume" in argv else argv + ["--data", str(data)]
-    argv = argv + (["--out", str(tmp_path / "run")] if "--resume" not in argv else [])
+    if "--resume" not in argv:
+        argv = ["--out", str(tmp_path / "run"), "--data", str(data), *argv]    # the last one counts
     try:
         status = train.main(argv)
     except SystemExit as stop:
@@ -368,13 +392,15 @@ def test_truncated_checkpoint_is_named_and_the_best_one_offered(data, tmp_path, 
 
 
 def test_two_processes_train_like_one(data, tmp_path):
-    """gloo, batch normalisation frozen: the same losses as one process with the same whole batch, to rounding."""
+    """gloo, batch normalisation frozen: the losses of one process with the same whole batch."""
     more = ["--bn-after", "4", "--augment", "--weighting", "w1-outer"]
     assert train.main(command(data, tmp_path / "one", *more, iterations=4)) == 0
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
-                           "train.py", *command(data, tmp_path / "two", *more, iterations=4)], cwd=REPOSITORY,
-                          env=environment, capture_output=True, text=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                "--master_port=29611"]
+    done = subprocess.run([*torchrun, "train.py", *command(data, tmp_path / "two", *more,
+                                                           iterations=4)],
+                          cwd=REPOSITORY, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     logs = [train.read_log(tmp_path / run / "log.csv", 99) for run in ("one", "two")]
     for one, two in zip(*logs):
@@ -383,12 +409,13 @@ def test_two_processes_train_like_one(data, tmp_path):
 
 
 def test_study_reports_the_tables_and_skips_what_is_finished(data, tmp_path, capsys):
-    argv = ["--model", "segnet", "--study", "--data", str(data), "--out", str(tmp_path / "study"), "--iterations", "2",
-            "--final-iterations", "3", "--batch-size", "4", "--val-every", "2", "--val-images", "4", "--workers", "0",
-            "--size", "32", "--precision", "fp32"]
+    argv = ["--model", "segnet", "--study", "--data", str(data), "--out", str(tmp_path / "study"),
+            "--iterations", "2", "--final-iterations", "3", "--batch-size", "4", "--size", "32",
+            "--val-every", "2", "--val-images", "4", "--workers", "0", "--precision", "fp32"]
     assert train.main(argv) == 0
     report = (tmp_path / "study" / "report.md").read_text()
-    for words in ("Table 4", "Table 5", "Table 6", "39.17", "w2-outer, published", "Which step won"):
+    for words in ("Table 4", "Table 5", "Table 6", "39.17", "w2-outer, published",
+                  "Which step won"):
         assert words in report
     written = (tmp_path / "study" / "normal" / "last.pt").stat().st_mtime_ns
     capsys.readouterr()
