@@ -11,7 +11,8 @@ NAMES = ["background", "hips", "leftUpLeg", "rightUpLeg", "spine", "leftLeg", "r
          "rightHand", "leftHandIndex1", "rightHandIndex1"]
 GROUPS = {"background": [0], "head": [16], "torso": [1, 4, 7, 10], "upper legs": [2, 3],
           "lower legs": [5, 6], "neck": [13], "shoulders": [14, 15], "upper arms": [17, 18],
-          "lower arms": [19, 20], "feet": [8, 9], "hands": [21, 22], "fingers": [23, 24], "toes": [11, 12]}
+          "lower arms": [19, 20], "feet": [8, 9], "hands": [21, 22],
+          "fingers": [23, 24], "toes": [11, 12]}
 K = len(NAMES)
 SOURCE = "tiny figures of the tests, stand-in, not SURREAL"
 
@@ -73,11 +74,13 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
             if split == "train":
                 pixels += np.bincount(label.ravel(), minlength=len(names))
         if joints and stored:
-            np.savez(folder / split / "joints.npz", frames=np.array(stored), joints=np.stack(places))
+            np.savez(folder / split / "joints.npz", frames=np.array(stored),
+                     joints=np.stack(places))
     part_mirror = mirror_ids(names)
     classes = dict(names=list(names), palette=palette, mirror=part_mirror, groups=groups,
                    joint_mirror=[part - 1 for part in part_mirror[1:]] if joints else [],
-                   pixels=pixels.tolist(), size=size, mean=[0.3, 0.3, 0.3], std=[0.25, 0.25, 0.25], source=SOURCE, settings={})
+                   pixels=pixels.tolist(), size=size, mean=[0.3] * 3, std=[0.25] * 3,
+                   source=SOURCE, settings={})
     (folder / "classes.json").write_text(json.dumps(classes))
     return folder
 
@@ -87,7 +90,8 @@ def write_checkpoint(path, model, kind, data, logit_weights=None, **settings):
     import torch
     classes = json.loads((Path(data) / "classes.json").read_text())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(model=kind, kwargs=settings.pop("kwargs"), weights=model.state_dict(), optimizer={}, step=7,
-                    best_miou=0.5, classes=classes, settings=dict(data=str(data), size=None) | settings,
+    torch.save(dict(model=kind, kwargs=settings.pop("kwargs"), weights=model.state_dict(),
+                    optimizer={}, step=7, best_miou=0.5, classes=classes,
+                    settings=dict(data=str(data), size=None) | settings,
                     logit_weights=logit_weights), path)
     return Path(path)
