@@ -1016,7 +1016,8 @@ def study_report(args, rows, base, weightings, test, decisions):
         cells = [name]
         for metric, theirs in zip(("miou", "accuracy", f1), published.get(key, (None,) * 3)):
             half = one["halves"].get(metric)
-            cells += [percent(one["figures"][metric]) + ("" if half is None else f" +- {percent(half)}"),
+            interval = "" if half is None else f" +- {percent(half)}"
+            cells += [percent(one["figures"][metric]) + interval,
                       "-" if theirs is None else f"{theirs:.2f}"]
         return cells
 
