@@ -16,6 +16,7 @@ biases, since every other one would be subtracted again by the batch normalisati
 """
 import argparse
 import contextlib
+import math
 
 import torch
 from torch import nn
@@ -94,16 +95,19 @@ def heat_maps(joints, H, W, spread):
 
 
 def heat_map_loss(maps, joints, spread):
-    """Squared error of the maps of the joints that count, in units of one Gaussian's own square.
+    """Sigmoid cross-entropy, the loss the paper's hourglass came with (Section 4.1.3).
 
-    maps: (B, J, H, W); joints, spread: as for heat_maps. Newell et al. take the mean over pixels,
-    which is 1/800 for an empty map at 320x320, nothing beside a cross-entropy. The sum over pixels
-    divided by the Gaussian's, pi spread^2, is the same but for a factor: 1 for an empty map at any
-    size, so that a weight of 1 means something. Mean over joints (of all processes); 0 without any.
+    maps: (B, J, H, W) logits; joints, spread: as for heat_maps. A mean over pixels would be that of
+    the empty surroundings, 1/400 of it the joint's. The sum over a map's pixels is divided by the
+    Gaussian's, 2 pi spread^2, instead: at any size it falls from about 7.6 to pi^2 / 6 for perfect
+    maps, and a weight of 1 stands beside the log 25 of a cross-entropy over classes. Newell et al.
+    take squared errors; with those, RMSprop's large first steps kept the loss above that of empty
+    maps for 100 steps. Mean over joints that count (of all processes); 0 without any.
     """
     target, counts = heat_maps(joints, *maps.shape[-2:], spread)
-    errors = ((maps.float() - target) ** 2).sum((-2, -1)) / (torch.pi * spread ** 2)  # (B, J)
-    loss, count = (errors * counts).sum(), counts.sum()
+    losses = F.binary_cross_entropy_with_logits(maps.float(), target, reduction="none")
+    losses = losses.sum((-2, -1)) / (2 * math.pi * spread ** 2)           # (B, J)
+    loss, count = (losses * counts).sum(), counts.sum()
     if dist.is_initialized():
         dist.all_reduce(count)
         loss = loss * dist.get_world_size()  # DistributedDataParallel averages gradients
@@ -262,10 +266,10 @@ class StackedHourglass(nn.Module):
                                  if name.endswith(("predict", "reinject_prediction")))
         for name, module in self.named_modules():
             if name.endswith("predict"):
-                # As in Xiao et al., arXiv 1804.06208 (code): logits start out undecided, and maps
-                # empty, not as noise that outweighs the Gaussians by far.
+                # Undecided at first, and heat maps at their mean: Lin et al., arXiv 1708.02002.
                 nn.init.normal_(module.weight, std=0.001)
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.bias, math.log(2 * math.pi * SPREAD ** 2)
+                                  if name.startswith("joint_stages") else 0)
             elif isinstance(module, nn.Conv2d):
                 # He et al., arXiv 1502.01852. What is added to the stream is scaled down, since
                 # the sums of 43 residuals overflow where batch normalisation is frozen (train.py
