@@ -356,7 +356,7 @@ def predict(model, images, size, logit_weights=None):
     """images (B, 3, H, W) normalised -> prediction (B, *size) int64, logits (B, K, *size) float32.
 
     logit_weights (K floats): the loss trained softmax(x w), so the prediction is argmax of x w,
-    x being the logits returned. .max(1), not .argmax(1), which is four times slower on the CPU.
+    x being the logits returned. .max(1), not .argmax(1), up to four times slower on the CPU.
     """
     logits = model(images).float()
     if logits.shape[2:] != tuple(size):
