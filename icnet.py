@@ -135,14 +135,14 @@ class ICNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)  # He et al., arXiv 1502.01852
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
             elif isinstance(module, Bottleneck):
-                # Each of 16 blocks adds its branch to what came before. Scaled to 1/16 of the
-                # variance, they add up to one; at full scale the sum doubles from block to block,
-                # to 2^8 of the input where batch normalisation is frozen (train.py --bn-after).
-                # 0, the usual start of a residual branch, would be frozen as well.
+                # 16 blocks each add a branch. At 1/16 of the variance they add up to one; at full
+                # scale features would grow 25-fold where batch normalisation is frozen (train.py
+                # --bn-after), and 0, the usual start of a residual branch, would be frozen too.
                 nn.init.constant_(module.branch[-1][-1].weight, 16 ** -0.5)
+        for head in (self.head16, self.head8, self.head4):
+            nn.init.normal_(head.weight, std=0.01)  # all classes start about equally likely
+            nn.init.zeros_(head.bias)
 
     def forward(self, images):
         H, W = images.shape[-2:]
