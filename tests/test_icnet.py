@@ -44,6 +44,15 @@ def test_every_parameter_gets_a_gradient(width, frozen):
             assert width < 0.25 or parameter.grad.any(), name
 
 
+def test_dilations():
+    model = ICNet(5, 0.1)
+    dilations = {name: {layer.dilation[0] for layer in stage.modules()
+                        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)}
+                 for name, stage in model.named_children()}
+    assert {name: values for name, values in dilations.items() if values - {1}} == {
+        "conv4": {2}, "conv5": {4}, "fuse16": {2}, "fuse8": {2}}
+
+
 def test_heads_and_their_weights():
     model = ICNet(7, 0.1, head_weights=(10, 100, 1000)).train()
     outputs = model(torch.randn(2, 3, 64, 128))
