@@ -272,8 +272,8 @@ class StackedHourglass(nn.Module):
                                   if name.startswith("joint_stages") else 0)
             elif isinstance(module, nn.Conv2d):
                 # He et al., arXiv 1502.01852. What is added to the stream is scaled down, since
-                # the sums of 43 residuals overflow where batch normalisation is frozen (train.py
-                # --bn-after); an hourglass alone adds up five copies of its input.
+                # 43 residuals in a row grow a millionfold where batch normalisation is frozen
+                # (train.py --bn-after); one hourglass already adds up five copies of its input.
                 gain = 0.25 if name.endswith("branch.2.2") else (
                     0.2 if name.endswith("reinject_features") else 1)
                 nn.init.kaiming_normal_(module.weight)
@@ -328,27 +328,27 @@ class StackedHourglass(nn.Module):
 
 def print_stages(model, size):
     """Prints output shape, parameters and multiply-adds of each stage, for one image."""
-    stages, shapes = {}, {}
+    stages = {}
     for name, child in model.named_children():
         several = isinstance(child, nn.ModuleList)
         stages |= {f"{name}.{i}": m for i, m in enumerate(child)} if several else {name: child}
-    for name, stage in stages.items():  # of a module, its prediction
-        stage.register_forward_hook(lambda _, __, output, name=name: shapes.update(
-            {name: output[0] if isinstance(output, tuple) else output}))
+    stages["total"] = model
+
+    shapes = {}
+    for name, stage in stages.items():  # the output of a module is its prediction, and more
+        stage.register_forward_hook(lambda _, __, out, name=name: shapes.update(
+            {name: out[0].shape if isinstance(out, tuple) else out.shape}))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        logits = model.eval()(torch.zeros(1, 3, size, size))
-
-    def row(name, output, module, path):
-        shape = " x ".join(map(str, output.shape[1:])) if output is not None else "training only"
-        parameters = sum(p.numel() for p in module.parameters())
-        multiply_adds = sum(counts.get(path, {}).values()) / 2  # it counts a multiply-add as two
-        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
-
+        model.eval()(torch.zeros(1, 3, size, size))
     counts = counter.get_flop_counts()
+
     print(f"{'stage':14}{'output':>18}{'parameters':>14}{'multiply-adds':>19}")
     for name, stage in stages.items():
-        row(name, shapes.get(name), stage, f"{type(model).__name__}.{name}")
-    row("total", logits, model, "Global")
+        shape = " x ".join(map(str, shapes[name][1:])) if name in shapes else "in training only"
+        parameters = sum(p.numel() for p in stage.parameters())
+        path = type(model).__name__ + (f".{name}" if stage is not model else "")
+        multiply_adds = sum(counts.get(path, {}).values()) / 2  # a multiply-add counts as two
+        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
 
 
 def main():
@@ -365,12 +365,10 @@ def main():
     parser.add_argument("--joints", choices=("none", "surreal", "centroids"), default="none",
                         help="with a branch for heat maps")
     options = vars(parser.parse_args())
-    size = options.pop("size")
     try:
-        model = StackedHourglass(**options)
+        print_stages(size=options.pop("size"), model=StackedHourglass(**options))
     except ValueError as error:
         parser.error(str(error))
-    print_stages(model, size)
 
 
 if __name__ == "__main__":
