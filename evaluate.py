@@ -12,10 +12,12 @@ A class that does not occur is skipped, not scored.
 The first half is what train.py shares: prepared folders, batches, devices, checkpoints.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -227,25 +229,35 @@ class Batches(Dataset):
             return problem
 
 
+def leave_signals(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; it is the main process that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def stream(batches, start, stop, workers, device):
-    """Batches start .. stop - 1 in order, tensors on `device`. Problem: bad data, dead worker."""
+    """Batches start .. stop - 1 in order, tensors on `device`.
+
+    Raises Problem for bad data, RuntimeError ("DataLoader worker ...") for a worker that died.
+    """
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                        pin_memory=device.type == "cuda")
-    try:
-        for batch in loader:
-            if isinstance(batch, Problem):
-                raise batch
-            yield {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                   for key, value in batch.items()}
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise Problem("a data worker died, maybe of little memory: try fewer --workers") from error
+                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
+    for batch in loader:
+        if isinstance(batch, Problem):
+            raise batch
+        yield {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+               for key, value in batch.items()}
+
+
+@functools.lru_cache
+def constant(values, device, dtype=torch.float32):
+    """A tensor of these numbers (a tuple), made once: copying to a GPU would wait for it."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def normalise(images, classes):
     """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, channels last, in one pass."""
-    mean, std = (torch.tensor(classes[key], device=images.device).view(1, 3, 1, 1)
+    mean, std = (constant(tuple(classes[key]), images.device).view(1, 3, 1, 1)
                  for key in ("mean", "std"))
     return torch.addcmul(-mean / std, images, 1 / (255 * std)).contiguous(
         memory_format=torch.channels_last)
@@ -870,9 +882,12 @@ def main(argv=None):
     except OSError as error:
         message = f"{error.filename} cannot be used ({error.strerror}): --out names another folder"
     except (RuntimeError, MemoryError) as error:        # allocators raise RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "DataLoader worker" in str(error):
+            message = "a data worker died, maybe of little memory: try fewer --workers"
+        elif isinstance(error, MemoryError) or "memory" in str(error):
+            message = f"out of memory: try --batch-size {max(1, options.batch_size // 2)}"
+        else:
             raise
-        message = f"out of memory: try --batch-size {max(1, options.batch_size // 2)}"
     print(f"evaluate.py: {message}", file=sys.stderr)
     return 2
 

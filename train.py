@@ -15,6 +15,7 @@ stopped, on any number of processes.
     python train.py --model icnet --study                         the paper's Section 3, one network
     torchrun --nproc_per_node=8 train.py --model hourglass        the same on several devices
 """
+import contextlib
 import csv
 import io
 import json
@@ -31,11 +32,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
 import evaluate
-from evaluate import IGNORE, MODELS, Batches, Parser, Problem, Split, write_atomically
+from evaluate import (IGNORE, MODELS, Batches, Parser, Problem, Split, constant,
+                      write_atomically)
+from hourglass import centroids, level_maps
 
 WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 LOG = ("step", "train_loss", "val_loss", "train_miou", "val_miou", "val_accuracy", "val_f1",
@@ -197,11 +201,12 @@ def mirror_batch(images, labels, joints, chosen, classes, swap=True):
     """
     flipped, joints_flipped = labels.flip(-1), joints
     if swap:
-        table = torch.arange(IGNORE + 1, device=labels.device, dtype=torch.uint8)
-        table[:len(classes["mirror"])] = torch.tensor(classes["mirror"], dtype=torch.uint8)
+        table = (*classes["mirror"], *range(len(classes["mirror"]), IGNORE + 1))
+        table = constant(table, labels.device, torch.uint8)
         flipped = table[flipped.long()]
     if joints is not None:
-        joints_flipped = joints[:, classes["joint_mirror"]] if swap else joints.clone()
+        order = constant(tuple(classes["joint_mirror"]), joints.device, torch.int64)
+        joints_flipped = joints[:, order] if swap else joints.clone()
         joints_flipped[..., 0] = images.shape[-1] - 1 - joints_flipped[..., 0]
         joints = torch.where(chosen[:, None, None], joints_flipped, joints)
     return (torch.where(chosen[:, None, None, None], images.flip(-1), images),
@@ -216,8 +221,8 @@ def scale_batch(images, labels, joints, scale, place):
     scale (B,), place (B, 2). With offset t = place * (W - scale W), pixel x goes to
     scale (x + 0.5) + t - 0.5.
     """
-    size = torch.tensor([images.shape[-1], images.shape[-2]], device=images.device)     # W, H
-    offset = place * (size - scale[:, None] * size)                                     # (B, 2)
+    size = constant((images.shape[-1], images.shape[-2]), images.device)     # W, H
+    offset = place * (size - scale[:, None] * size)                          # (B, 2)
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1   # affine_grid: -1 to 1
@@ -307,10 +312,11 @@ def build_parser():
         "right, as the paper's code did")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iterations", type=number(int, 1), help="steps (40,000; hourglass 150,000)")
-    add("--final-iterations", type=number(int, 1), default=90000, help="--study: of its last run")
-    add("--batch-size", type=number(int, 1), help="images of a step over all processes; memory "
-        "grows in proportion")
+    add("--iterations", type=number(int, 1, 10**9), help="steps (40,000; hourglass 150,000)")
+    add("--final-iterations", type=number(int, 1, 10**9), help="--study: of its last run (90,000; "
+        "hourglass: no longer run)")
+    add("--batch-size", type=number(int, 1, 10**6), help="images of a step over all processes; "
+        "memory grows in proportion")
     add("--lr", type=number(float, 0, 1e3), help="learning rate at the start")
     add("--val-every", type=number(int, 1), default=200, help="steps from one validation and "
         "checkpoint to the next")
@@ -348,6 +354,8 @@ def parse(argv):
              if value is not None}
     if "augment" in given:
         given["augment"] = sorted(set(given["augment"])) or ["mirror", "scale"]
+    if "data" in given:
+        given["data"] = str(Path(given["data"]))
     return given
 
 
@@ -372,7 +380,7 @@ def resolve(given):
     if "final_iterations" in given and "study" not in given:
         raise Problem("--final-iterations belongs to --study: use --iterations for a single run")
     tried = {"joints", "coarse_to_fine"} if model == "hourglass" else \
-        {"augment", "double_filters", "width", "weighting"}
+        {"augment", "double_filters", "width", "weighting", "init_from"}
     if "study" in given and tried & set(given):
         raise Problem(f"--study tries {', '.join(flag(name) for name in sorted(tried))} itself: "
                       "leave those options out")
@@ -383,10 +391,11 @@ def resolve(given):
                      lr=recipe["lr"])
     if given.get("quick"):
         defaults |= QUICK[model]
-        defaults["final_iterations"] = 2 * given.get("iterations", defaults["iterations"])
+    steps = given.get("iterations", defaults["iterations"])
+    defaults["final_iterations"] = steps if model == "hourglass" else \
+        2 * steps if given.get("quick") else 90000
     args = Namespace(**(defaults | given))
     args.width = 2.0 if args.double_filters else args.width
-    args.bn_after = min(args.bn_after, args.iterations)
     if {"mirror", "naive-mirror"} <= set(args.augment):
         raise Problem("--augment mirror and naive-mirror exclude each other: the first swaps left "
                       "and right ids")
@@ -436,7 +445,8 @@ def read_settings(folder):
     path = folder / "config.json"
     try:
         stored = json.loads(path.read_text())
-        given = parse(to_argv(stored))
+        with contextlib.redirect_stderr(io.StringIO()):     # the parser's own line
+            given = parse(to_argv(stored))
     except FileNotFoundError:
         raise Problem(f"{folder} holds no run (config.json is missing): leave --resume out to "
                       "start one") from None
@@ -459,10 +469,14 @@ def read_log(path, until=math.inf):
     """Rows of log.csv up to step `until`, as dicts of numbers; later ones are computed again."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = [{key: float(value) if value else None for key, value in row.items()}
-                for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= until]
+    try:
+        with open(path, newline="") as file:
+            rows = [{key: float(row[key]) if row[key] else None for key in LOG}
+                    for row in csv.DictReader(file)]
+        return [row | {"step": int(row["step"])} for row in rows if row["step"] <= until]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Problem(f"{path} is not readable as a run's log ({error}): mend or remove it; the "
+                      "run goes on without its rows") from None
 
 
 def write_log(path, rows):
@@ -525,6 +539,41 @@ def start_from(network, path, classes):
     said = (f"{len(left)} layers keep their random start: {', '.join(left[:6])}"
             f"{', ...' if len(left) > 6 else ''}" if left else "nothing was left out")
     return f"--init-from {path}: took {len(taken)} of {len(own)} tensors; {said}"
+
+
+def draw_supervision(folder, split, args, classes):
+    """What a specialised hourglass learns, on the frame among the first with the most parts:
+    labels_pyramid.png, one level a module (Fig. 14), and joints.png, both kinds (Fig. 16)."""
+    frames = split.load(range(min(20, len(split.frames))))
+    index = max(range(len(frames["labels"])), key=lambda i: len(frames["labels"][i].unique()))
+    labels, palette = frames["labels"][index], classes["palette"]
+    photo = Image.fromarray(frames["images"][index].permute(1, 2, 0).numpy())
+    zoom = -(-320 // split.size)                            # at least 320 pixels a panel
+    enlarge = lambda panel: panel.convert("RGB").resize((zoom * split.size,) * 2, Image.NEAREST)
+
+    def save_row(name, panels):
+        sheet = Image.new("RGB", (len(panels) * panels[0].width, panels[0].height))
+        for place, panel in enumerate(panels):
+            sheet.paste(panel, (place * panel.width, 0))
+        write_atomically(folder / name, lambda file: sheet.save(file, format="png"))
+
+    if args.coarse_to_fine:
+        levels = [evaluate.palette_image(level.numpy(), palette)
+                  for level in level_maps(labels, args.stacks)]
+        save_row("labels_pyramid.png", [enlarge(panel) for panel in (photo, *levels)])
+    if args.joints != "none":
+        kinds = [centroids(labels[None], len(classes["names"]))[0]]
+        if split.has_joints:
+            kinds.insert(0, frames["joints"][index])
+        panels = []
+        for joints in kinds:
+            panels.append(enlarge(photo))
+            for joint, (x, y) in enumerate(((joints + 0.5) * zoom).tolist()):
+                if not math.isnan(x):
+                    colour = tuple(palette[(joint + 1) % len(palette)])
+                    ImageDraw.Draw(panels[-1]).ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour,
+                                                       outline="white")
+        save_row("joints.png", panels)
 
 
 def load_run(path):
@@ -655,11 +704,8 @@ def find_data(args, rank):
     return "data/standin"
 
 
-def train(args, folder, resume=False):
-    """Trains one network into the run folder. Raises Problem, Trouble or Stopped.
-
-    args: all options, resolved. The loop is written out in full, like the picture at the top.
-    """
+def join_processes(args):
+    """This process's (rank, number of processes, device); joins those torchrun started."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     several_gpus = world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -668,13 +714,26 @@ def train(args, folder, resume=False):
         torch.cuda.set_device(device)                       # events and barriers use this one
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def train(args, folder, resume=False):
+    """Trains one network into the run folder. Raises Problem, Trouble or Stopped.
+
+    args: all options, resolved. The loop is written out in full, like the picture at the top.
+    """
+    rank, world, device = join_processes(args)
     if args.batch_size % world:
         raise Problem(f"--batch-size {args.batch_size} cannot be shared out evenly to {world} "
                       "processes")
     say = print if rank == 0 else lambda *words: None
     args.data = find_data(args, rank)
-    if world > 1:
-        dist.barrier()                                      # the others wait for the rendering
+    wait_for_all()                                          # for the rendering
     stored = vars(args).copy()                              # with "auto" as it was asked for
     args = Namespace(**stored)
     args.precision = evaluate.pick_precision(device, args.precision)
@@ -687,9 +746,9 @@ def train(args, folder, resume=False):
     training = Split(args.data, "train", classes, args.size, labels_at_size=True)
     measured = Split(args.data, "train", classes, args.size)
     validation = Split(args.data, "val", classes, args.size)
-    chosen = []                                             # frames to measure, the same every time
+    chosen = []                                             # frames to measure, whatever the seed
     for index, split in enumerate((measured, validation)):
-        shuffled = np.random.default_rng([args.seed, 2, index]).permutation(len(split.frames))
+        shuffled = np.random.default_rng([2, index]).permutation(len(split.frames))
         chosen.append(sorted(shuffled[:args.val_images].tolist()))
     if args.joints == "surreal" and not training.has_joints:
         raise Problem(f"{args.data} has no train/joints.npz for --joints surreal: use --joints "
@@ -717,7 +776,7 @@ def train(args, folder, resume=False):
         try:
             network.load_state_dict(checkpoint["weights"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{last} does not fit the settings in {folder / 'config.json'} "
                           f"({str(error).splitlines()[0]})") from None
         step, best = checkpoint["step"], checkpoint["best_miou"]
@@ -759,6 +818,9 @@ def train(args, folder, resume=False):
             norm.train(step >= args.bn_after)
 
     def save(name):
+        if not all(value.isfinite().all() for value in network.state_dict().values()):
+            raise Trouble(f"the weights of step {step} are not finite, so they are not saved; a "
+                          f"lower --lr often helps; the checkpoint before them is {last}")
         checkpoint = dict(
             model=args.model, kwargs=network_options(args, classes), weights=network.state_dict(),
             optimizer=optimizer.state_dict(), step=step, best_miou=best, classes=classes,
@@ -866,8 +928,9 @@ def train(args, folder, resume=False):
                       f"that is mended: python train.py --resume {folder}") from None
     except (RuntimeError, MemoryError) as error:            # torch's OutOfMemoryError is the former
         if "DataLoader worker" in str(error):
-            raise Trouble(f"a data worker died at step {step} (killed, or out of memory); {last} "
-                          f"is intact: python train.py --resume {folder}") from None
+            raise Trouble(f"a data worker died at step {step} (killed, or out of memory); what was "
+                          f"saved is intact: python train.py --resume {folder}, with fewer "
+                          "--workers if memory is short") from None
         lacking = "alloc" in str(error) and "memory" in str(error)
         if lacking or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             way = (f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else
@@ -893,6 +956,7 @@ PUBLISHED = {
                   "joint branch": (58.05, 97.18, 96.05), "test": (55.32, 97.02, 93.07)},
 }
 TABLES = {"icnet": "123", "segnet": "456"}
+PUBLISHED_BASE = {"icnet": "normal", "segnet": "doubled"}       # what Tables 2 and 5 weight
 # Tables 2 and 5: mIoU, mean class accuracy, and the accuracy of background, head, torso, upper and
 # lower legs, neck, shoulders, upper and lower arms, feet, hands, fingers, toes; as printed.
 PUBLISHED_CLASSES = {
@@ -917,16 +981,20 @@ def study(args, given, folder):
     plain, coarse-to-fine, joint branch. Rows that are finished are only measured again; the one
     that was interrupted continues.
     """
+    rank, _, device = join_processes(args)
+    args.data = find_data(args, rank)
     config = folder / "config.json"
     if config.exists():
         before = vars(read_settings(folder))
-        free = {"out", "data", *MAY_CHANGE} - {"iterations"}
+        free = {"out", *MAY_CHANGE} - {"iterations"}
         for name, value in vars(args).items():
             if value != before[name] and name not in free:
                 raise Problem(f"{folder} holds a study with another {flag(name)} ({before[name]}): "
                               "repeat that command to continue it, or give --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(config, json.dumps(vars(args), indent=1))
+    wait_for_all()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(config, json.dumps(vars(args), indent=1))
     rows, decisions = {}, []
 
     def row(name, **changes):
@@ -934,15 +1002,19 @@ def study(args, given, folder):
         options = {key: value for key, value in given.items()
                    if key not in ("study", "out", "final_iterations")
                    and not (key.startswith("joints_") and "joints" not in changes)}
-        settings = resolve(options | changes)
-        place = folder / name.replace(" + ", "-").replace(" ", "-")
-        resume, last = (place / "config.json").exists(), place / "last.pt"
-        done = last.exists() and load_run(last)["step"] >= settings.iterations
+        settings = resolve(options | {"data": args.data} | changes)
+        place = folder / name.replace(" + ", "-").replace(", ", "-").replace(" ", "-")
+        resume, measured = (place / "config.json").exists(), read_log(place / "log.csv")
+        done = (place / "last.pt").exists() and bool(measured) and (
+            measured[-1]["step"] >= settings.iterations <= load_run(place / "last.pt")["step"])
+        wait_for_all()                                      # before one of them writes there
         state = "finished" if done else "continuing" if resume else "starting"
-        print(f"\n--- {name}: {state} ({place})", flush=True)
+        if rank == 0:
+            print(f"\n--- {name}: {state} ({place})", flush=True)
         if not done:
             train(settings, place, resume)
-        rows[name] = measure(place, "val") | dict(changes=changes, name=name, folder=place)
+        wait_for_all()
+        rows[name] = measure(place, "val", device) | dict(changes=changes, name=name, folder=place)
         return rows[name]
 
     def better(old, new):
@@ -950,15 +1022,18 @@ def study(args, given, folder):
         difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
                                                       new["frames"])
         winner = new if difference > 0 else old
-        tie = "" if abs(difference) > half else \
-            ", within its 95 % interval: over these images it may be chance"
-        decisions.append(f"{new['name']} against {old['name']}: {100 * difference:+.2f} +- "
-                         f"{100 * half:.2f} points of mIoU{tie}. On goes: **{winner['name']}**.")
+        points = f"{100 * difference:+.2f} +- {100 * half:.2f} points of mIoU" + (
+            "" if abs(difference) > half else
+            ", within its 95 % interval: over these images it may be chance")
+        if not math.isfinite(half):
+            points = f"{100 * difference:+.2f} points of mIoU, too few clips for an interval"
+        decisions.append(f"{new['name']} against {old['name']}: {points}. On goes: "
+                         f"**{winner['name']}**.")
         return winner
 
     base, weightings = None, []
     if args.model == "hourglass":
-        has_joints = (Path(find_data(args, 0)) / "train" / "joints.npz").exists()
+        has_joints = (Path(args.data) / "train" / "joints.npz").exists()
         best = better(row("plain"), row("coarse-to-fine", coarse_to_fine=True))
         best = better(best, row("joint branch", joints="surreal" if has_joints else "centroids"))
     else:
@@ -968,8 +1043,11 @@ def study(args, given, folder):
         weightings = [w for w in WEIGHTINGS[1:] if args.model == "icnet" or w.endswith("outer")]
         for way in weightings:
             best = better(best, row(f"{base['name']} + {way}", weighting=way, **base["changes"]))
-    final = row(f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
-    test = measure(final["folder"], "test") | {"name": best["name"]}
+    final = best if args.final_iterations == args.iterations else row(
+        f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
+    test = measure(final["folder"], "test", device) | {"name": best["name"]}
+    if rank:
+        return
     report = study_report(args, rows, base, weightings, test, decisions)
     write_text(folder / "report.md", report)
     draw_curves(folder / "curves.png",
@@ -978,12 +1056,11 @@ def study(args, given, folder):
     print(f"\n{report}\nWritten: {folder / 'report.md'}, {folder / 'curves.png'}")
 
 
-def measure(folder, split):
+def measure(folder, split, device):
     """The best.pt of a run over a whole split: confusions (N, K, K), frames, metrics, their 95 %
     half widths, and mIoU from the raw logits where the weighting is direct."""
     checkpoint = evaluate.load_checkpoint(folder / "best.pt")
     settings, classes = checkpoint["settings"], checkpoint["classes"]
-    device = evaluate.pick_device(settings["device"])
     precision = evaluate.pick_precision(device, settings["precision"])
     model = evaluate.build_model(checkpoint).to(device, memory_format=torch.channels_last)
     data = Split(settings["data"], split, classes, settings["size"])
@@ -1025,10 +1102,11 @@ def study_report(args, rows, base, weightings, test, decisions):
               f"F1, {meaning} (%)", "published"]
     lines = [f"# The study of {args.model}", "",
              f"Data: **{test['source']}**. The published columns are SURREAL's, on other frames "
-             f"and after 40,000 steps (final: 90,000); here {args.iterations:,} steps (final: "
-             f"{args.final_iterations:,}) of {args.batch_size} images at {args.size or 'full'} "
-             f"pixels, seed {args.seed}. Behind +-: 95 % intervals over the clips that were "
-             "measured; another training seed moves the figures too.", "",
+             f"and after {'150,000' if args.model == 'hourglass' else '40,000 (final: 90,000)'} "
+             f"steps; here {args.iterations:,} steps (final: {args.final_iterations:,}) of "
+             f"{args.batch_size} images at {args.size or 'full'} pixels, seed {args.seed}. Behind "
+             "+-: 95 % intervals over the clips that were measured; another training seed moves "
+             "the figures too.", "",
              f"## {titles[0]}validation", ""]
     lines += table(header, [figures(name, one, name) for name, one in rows.items()
                             if name not in weighted.values() and not name.endswith(", long")])
@@ -1041,8 +1119,10 @@ def study_report(args, rows, base, weightings, test, decisions):
                                               *ours["columns"].values()])])
             if len(groups) == 13:
                 theirs = PUBLISHED_CLASSES[args.model][way].split()
-                cells.append([f"*{way}, published*", *(f"*{cell}*" for cell in theirs)])
-        lines += [f"## {titles[1]}class weighting, accuracy per class (%), validation", ""]
+                cells.append([f"*{way}, published ({PUBLISHED_BASE[args.model]})*",
+                              *(f"*{cell}*" for cell in theirs)])
+        lines += [f"## {titles[1]}class weighting ({base['name']}), accuracy per class (%), "
+                  "validation", ""]
         lines += table(["weighting", "mIoU", "all classes", *groups], cells)
         raw = [f"{way} {percent(rows[name]['raw'])} instead of "
                f"{percent(rows[name]['figures']['miou'])}"
@@ -1072,6 +1152,9 @@ def start(argv):
     given = parse(argv)
     if "resume" not in given:
         args = resolve(given)
+        if args.quick and int(os.environ.get("RANK", 0)) == 0:
+            print("--quick: " + ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}"
+                                          for name in QUICK[args.model] if name not in given))
         if args.study:
             return study(args, given, Path(args.out or f"runs/{args.model}-study"))
         folder = Path(args.out or f"runs/{run_name(args)}")
@@ -1114,12 +1197,15 @@ def main(argv=None):
         return 1
     except Stopped as stopped:
         number, step, folder = stopped.args
+        if int(os.environ.get("RANK", 0)):
+            return 128 + number
         again = argv if "--study" in argv else ["--resume", str(folder)]
         print(f"Stopped by {signal.Signals(number).name} after step {step}; everything is saved. "
               f"To continue:\npython train.py {shlex.join(again)}", file=sys.stderr)
         return 128 + number
     except KeyboardInterrupt:                               # between two runs, or while rendering
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        print("Stopped between two runs or before the first step; to go on: the same command, with "
+              "--resume if it says that the folder already holds a run.", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
