@@ -283,11 +283,15 @@ def kmeans(poses, clusters, rng, rounds=100, enough=200_000):
     """
     sample = poses[np.sort(rng.choice(len(poses), min(len(poses), enough), replace=False))]
     few = rng.choice(sample, min(len(sample), 20_000), replace=False)
-    centres, distance = [few[rng.integers(len(few))]], np.full(len(few), np.inf)
-    for _ in range(clusters - 1):
-        distance = np.minimum(distance, ((few - centres[-1]) ** 2).sum(axis=1))
+    centres = [few[rng.integers(len(few))]]
+    distance = ((few - centres[0]) ** 2).sum(axis=1)
+    for _ in range(clusters - 1):               # the best of three draws
         odds = distance / distance.sum() if distance.any() else None
-        centres.append(few[rng.choice(len(few), p=odds)])
+        draws = few[rng.choice(len(few), 3, p=odds)]
+        closer = [np.minimum(distance, ((few - draw) ** 2).sum(axis=1)) for draw in draws]
+        best = np.argmin([left.sum() for left in closer])
+        distance = closer[best]
+        centres.append(draws[best])
     centres, before = np.stack(centres), None
     with progress(rounds, "k-means, at most", "rounds") as bar:
         for _ in range(rounds):
