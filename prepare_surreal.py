@@ -119,6 +119,7 @@ def in_parallel(function, jobs, workers, seconds=300):
     """
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    context.set_forkserver_preload(["__main__", __name__])      # imported once, not in each worker
 
     def processes(count):
         return ProcessPoolExecutor(count, context, start_worker)
