@@ -50,9 +50,9 @@ HOURGLASS_ONLY = ("stacks", "features", "stem_stride", "coarse_to_fine", "joints
 
 # What --quick puts in the place of the paper's values: small crops and few iterations.
 QUICK = {
-    "icnet": dict(size=160, batch_size=16, iterations=900, val_every=150, val_images=100),
-    "segnet": dict(size=96, batch_size=16, iterations=600, val_every=100, val_images=100, lr=3e-3),
-    "hourglass": dict(size=128, batch_size=8, iterations=500, val_every=100, val_images=100,
+    "icnet": dict(size=128, batch_size=16, iterations=1500, val_every=250, val_images=200, lr=0.1),
+    "segnet": dict(size=96, batch_size=16, iterations=400, val_every=100, val_images=100, lr=3e-3),
+    "hourglass": dict(size=128, batch_size=8, iterations=600, val_every=100, val_images=200,
                       lr=1e-3, stacks=2, features=96, stem_stride=4, joints_from=1,
                       joints_modules=1),
 }
@@ -1002,7 +1002,7 @@ def study(args, given, folder):
         options = {key: value for key, value in given.items()
                    if key not in ("study", "out", "final_iterations")
                    and not (key.startswith("joints_") and "joints" not in changes)}
-        settings = resolve(options | {"data": args.data} | changes)
+        settings = resolve({"augment": []} | options | {"data": args.data} | changes)
         place = folder / name.replace(" + ", "-").replace(", ", "-").replace(" ", "-")
         resume, measured = (place / "config.json").exists(), read_log(place / "log.csv")
         done = (place / "last.pt").exists() and bool(measured) and (

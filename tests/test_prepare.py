@@ -1,4 +1,4 @@
-"""prepare_surreal.py on raw clips written here, in SURREAL's layout, by code that shares nothing with it."""
+"""prepare_surreal.py on raw clips in SURREAL's layout, written by code that shares nothing with it."""
 import csv
 import io
 import json
@@ -20,11 +20,12 @@ from scipy.io import savemat
 import prepare_surreal as prepare
 
 SCRIPT = Path(prepare.__file__)
+ODD = "O'Neil & søn \"x\"_01_c0001"
 SMALL = ["--size", "64", "--clusters", "3", "--workers", "0"]
 
 
 def colour(clip, t):
-    """A flat background colour by which frame t of a clip is known again, even after H.264 and JPEG."""
+    """A flat colour by which frame t of a clip is known again, even after H.264 and JPEG."""
     seed = sum(map(ord, clip))
     return np.array([40 + (t * 37) % 160, 40 + (seed * 11) % 160, 40 + (t * 13 + seed * 5) % 160])
 
@@ -35,7 +36,7 @@ def place(t):
 
 
 def mask(t):
-    """(240, 320): a figure of 60 x 100 pixels; label 1 + t % 15 fills the lower half, 16 is the head, 17 to 24 strips."""
+    """(240, 320): a figure of 60 x 100 pixels of label 1 + t % 15, with a head and strips of 17 to 24."""
     labels = np.zeros((240, 320), np.uint8)
     x, y = place(t)
     labels[y:y + 100, x:x + 60] = 1 + t % 15
@@ -69,7 +70,7 @@ def write_video(path, video):
 
 
 def write_clip(raw, split, name, T, edit=None):
-    """One clip on disk; `edit` may change the dictionary of its content, or set a part to None to leave the file out."""
+    """One clip on disk; `edit` may change its content; a part set to None is left out."""
     sequence = name.rsplit("_c", 1)[0]
     folder = raw / split / "run0" / sequence
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,8 @@ def write_clip(raw, split, name, T, edit=None):
     if T == 1:
         flat, solid = flat[:, :, 0], solid[:, :, 0]         # as SURREAL has it
     content = dict(video=video, segm={f"segm_{t + 1}": m for t, m in enumerate(masks)},
-                   info=dict(joints2D=flat, joints3D=solid, sequence=sequence, stride=np.uint8([[50]])))
+                   info=dict(joints2D=flat, joints3D=solid, sequence=sequence,
+                             stride=np.uint8([[50]])))
     if edit:
         edit(content)
     if content["video"] is not None:
@@ -94,7 +96,8 @@ def truncate(path, share):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def frames(out, split):
@@ -118,7 +121,7 @@ def run(*options):
 def raw(tmp_path_factory):
     """Good clips in all splits, and one of each defect in train."""
     raw = tmp_path_factory.mktemp("surreal") / "cmu"
-    for name, T in (("01_01_c0001", 12), ("01_01_c0002", 7), ("ung_90_10_c0001", 1), ("O'Neil & søn \"x\"_01_c0001", 3)):
+    for name, T in (("01_01_c0001", 12), ("01_01_c0002", 7), ("ung_90_10_c0001", 1), (ODD, 3)):
         write_clip(raw, "train", name, T)
     write_clip(raw, "val", "02_01_c0001", 10)
     write_clip(raw, "val", "02_01_c0002", 4)
@@ -166,35 +169,44 @@ def prepared(raw, tmp_path_factory):
 
 def test_exactly_the_good_frames_come_out(prepared):
     out, _ = prepared
+    def names(clip, T):
+        return [f"{clip}_{t:03d}" for t in range(1, T + 1)]
+
     assert frames(out, "train") == sorted(
-        [f"01_01_c0001_{t:03d}" for t in range(1, 13)] + [f"01_01_c0002_{t:03d}" for t in range(1, 8)]
-        + ["ung_90_10_c0001_001"] + [f"O'Neil & søn \"x\"_01_c0001_{t:03d}" for t in (1, 2, 3)] + ["60_01_c0001_001", "60_01_c0001_009"])
-    assert frames(out, "val") == [f"02_01_c0001_{t:03d}" for t in range(1, 11)] + [f"02_01_c0002_{t:03d}" for t in range(1, 5)]
-    assert frames(out, "test") == [f"03_01_c0001_{t:03d}" for t in range(1, 7)]             # the others are val's
+        names("01_01_c0001", 12) + names("01_01_c0002", 7) + names("ung_90_10_c0001", 1) + names(ODD, 3)
+        + ["60_01_c0001_001", "60_01_c0001_009"])
+    assert frames(out, "val") == names("02_01_c0001", 10) + names("02_01_c0002", 4)
+    assert frames(out, "test") == names("03_01_c0001", 6)                   # the others are val's
     for split in prepare.SPLITS:
-        assert sorted(path.stem for path in (out / split / "labels").iterdir()) == frames(out, split)
+        labels = sorted(path.stem for path in (out / split / "labels").iterdir())
+        assert labels == frames(out, split)
         with np.load(out / split / "joints.npz") as stored:
-            assert stored["frames"].tolist() == frames(out, split) and stored["joints"].dtype == np.float32
-    assert sorted(path.name for path in out.iterdir()) == ["classes.json", "preview.png", "skipped.csv", "test", "train", "val"]
+            assert stored["frames"].tolist() == labels and stored["joints"].dtype == np.float32
+    assert sorted(path.name for path in out.iterdir()) == [
+        "classes.json", "preview.png", "skipped.csv", "test", "train", "val"]
 
 
 def test_every_skipped_clip_and_frame_has_its_reason(prepared):
     out, printed = prepared
     reasons = skipped(out)
-    expected = {1: "no mp4", 2: "no segm.mat", 3: "no info.mat", 4: "unreadable video", 5: "unreadable segm.mat",
-                6: "unreadable info.mat", 7: "different length", 8: "different length", 9: "different length",
-                10: "unreadable video", 11: "wrong joints", 12: "wrong joints", 13: "wrong joints"}
+    expected = {
+        1: "no mp4", 2: "no segm.mat", 3: "no info.mat", 4: "unreadable video",
+        5: "unreadable segm.mat", 6: "unreadable info.mat", 7: "different length",
+        8: "different length", 9: "different length", 10: "unreadable video", 11: "wrong joints",
+        12: "wrong joints", 13: "wrong joints"}
     for number, reason in expected.items():
         assert reasons.pop((f"50_01_c{number:04d}", "")).split(":")[0] == reason, number
-    expected = {2: "label out of range: 25", 3: "wrong mask", 4: "no person", 5: "wrong mask", 6: "joints all zero", 7: "joints all zero",
-                8: "joints not finite"}
+    expected = {
+        2: "label out of range: 25", 3: "wrong mask", 4: "no person", 5: "wrong mask",
+        6: "joints all zero", 7: "joints all zero", 8: "joints not finite"}
     for number, reason in expected.items():
         assert reasons.pop(("60_01_c0001", str(number))).startswith(reason), number
     assert reasons == {("02_01_c0001", ""): "also in val", ("02_01_c0002", ""): "also in val"}
     assert "different length" in printed and "02_01" not in printed
 
 
-@pytest.mark.parametrize("split, clip, T", [("train", "01_01_c0001", 12), ("val", "02_01_c0001", 10), ("train", "ung_90_10_c0001", 1)])
+@pytest.mark.parametrize("split, clip, T", [
+    ("train", "01_01_c0001", 12), ("val", "02_01_c0001", 10), ("train", "ung_90_10_c0001", 1)])
 def test_image_label_and_joints_of_the_same_frame_stay_together(prepared, split, clip, T):
     out, _ = prepared
     with np.load(out / split / "joints.npz") as stored:
@@ -204,13 +216,15 @@ def test_image_label_and_joints_of_the_same_frame_stay_together(prepared, split,
         image = np.asarray(Image.open(out / split / "images" / f"{frame}.jpg")).astype(int)
         label = Image.open(out / split / "labels" / f"{frame}.png")
         assert label.mode == "P" and image.shape == (64, 64, 3)
-        own, others = (np.abs(image.mean(axis=(0, 1)) - colour(clip, s)).max() for s in (t, (t + 1) % 10))
-        assert own < 6 and others > 6
+        own, other = (np.abs(image.mean(axis=(0, 1)) - colour(clip, s)).max()
+                      for s in (t, (t + 1) % 10))
+        assert own < 6 < other
         # the person is 60 x 100: side 120, placed at its middle, no repair needed
         x, y = place(t)
         left, top = max(0, x + 30 - 60), max(0, y + 50 - 60)
         centres = ((np.arange(64) + 0.5) * 120 / 64).astype(int)
-        assert np.array_equal(np.asarray(label), mask(t)[top:top + 120, left:left + 120][centres][:, centres])
+        expected = mask(t)[top:top + 120, left:left + 120][centres][:, centres]
+        assert np.array_equal(np.asarray(label), expected)
         expected = (np.array([x, y]) + np.arange(24)[:, None] - (left, top) + 0.5) * 64 / 120 - 0.5
         assert np.allclose(joints[frame], expected, atol=1e-4)
 
@@ -221,12 +235,16 @@ def test_classes_json_describes_the_folder(prepared):
     names, mirror = classes["names"], classes["mirror"]
     assert names[16] == "head" and [names[i] for i in mirror] == [
         n.replace("left", "?").replace("right", "left").replace("?", "right") for n in names]
-    assert sorted(i for group in classes["groups"].values() for i in group) == list(range(25)) and len(classes["groups"]) == 13
+    assert len(classes["groups"]) == 13
+    assert sorted(i for group in classes["groups"].values() for i in group) == list(range(25))
     assert classes["joint_mirror"][:3] == [0, 2, 1] and classes["joint_mirror"][22:] == [23, 22]
     labels = [np.asarray(Image.open(path)) for path in (out / "train" / "labels").iterdir()]
-    assert classes["pixels"] == np.bincount(np.concatenate(labels).ravel(), minlength=256)[:25].tolist()
-    images = np.stack([np.asarray(Image.open(path)) for path in (out / "train" / "images").iterdir()]).reshape(-1, 3) / 255
-    assert np.allclose(classes["mean"], images.mean(axis=0), atol=0.01) and np.allclose(classes["std"], images.std(axis=0), atol=0.01)
+    pixels = np.bincount(np.concatenate(labels).ravel(), minlength=256)
+    assert classes["pixels"] == pixels[:25].tolist()
+    images = np.stack([np.asarray(Image.open(path)) for path in (out / "train" / "images").iterdir()])
+    images = images.reshape(-1, 3) / 255
+    assert np.allclose(classes["mean"], images.mean(axis=0), atol=0.01)
+    assert np.allclose(classes["std"], images.std(axis=0), atol=0.01)
     assert len({tuple(c) for c in classes["palette"]}) == 25 and "SURREAL" in classes["source"]
     first = next((out / "train" / "labels").iterdir())
     assert Image.open(first).getpalette()[:75] == sum(classes["palette"], [])
@@ -252,7 +270,7 @@ def test_a_finished_folder_is_left_alone(raw, prepared):
 def test_killed_again_and_again_it_ends_with_the_same_files(raw, prepared, tmp_path):
     out, kills = tmp_path / "surreal", 0
     command = ["--raw", str(raw), "--out", str(out), "--size", "64", "--workers"]
-    for images, workers in ((1, "0"), (9, "2"), (20, "0")):     # kill -9 as soon as so many are there
+    for images, workers in ((1, "0"), (9, "2"), (20, "0")):  # kill -9 as soon as so many are there
         process = subprocess.Popen([sys.executable, str(SCRIPT), *command, workers],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(out.glob("*/images/*.jpg"))) < images:
@@ -267,7 +285,8 @@ def test_killed_again_and_again_it_ends_with_the_same_files(raw, prepared, tmp_p
 
 
 @pytest.mark.parametrize("stop", range(1, 60, 7))
-def test_interrupted_between_any_two_files_it_ends_with_the_same_files(raw, prepared, tmp_path, stop, monkeypatch):
+def test_interrupted_between_any_two_files_it_ends_with_the_same_files(
+        raw, prepared, tmp_path, stop, monkeypatch):
     """The n-th file is never written; the temporary one stays behind half full."""
     write, written = prepare.write_whole, []
 
@@ -293,14 +312,14 @@ def test_interrupted_between_any_two_files_it_ends_with_the_same_files(raw, prep
 
 def test_the_choice_is_seeded_and_independent_of_workers(raw, tmp_path):
     def chosen(name, *options):
-        command = ["--raw", str(raw), "--out", str(tmp_path / name), "--size", "32", "--train", "9", "--val", "6", "--test", "3",
-                   "--clusters", "3", *options]
+        command = ["--raw", str(raw), "--out", str(tmp_path / name), "--size", "32", "--clusters",
+                   "3", "--train", "9", "--val", "6", "--test", "3", *options]
         assert prepare.main(command) == 0
         return {split: frames(tmp_path / name, split) for split in prepare.SPLITS}
 
     first = chosen("a", "--workers", "0")
     assert chosen("b", "--workers", "2") == first != chosen("c", "--workers", "0", "--seed", "1")
-    assert Counter(name[:-4] for name in first["val"]) == {"02_01_c0001": 3, "02_01_c0002": 3}      # evenly over its clips
+    assert Counter(name[:-4] for name in first["val"]) == {"02_01_c0001": 3, "02_01_c0002": 3}
     assert len(first["test"]) == 3 and all(name.startswith("03_01") for name in first["test"])
     excluded = chosen("d", "--workers", "0", "--exclude", "01_0?", "60_01_c*")
     assert not any(name.startswith(("01_01", "60_01")) for name in excluded["train"])
@@ -309,24 +328,26 @@ def test_the_choice_is_seeded_and_independent_of_workers(raw, tmp_path):
 def test_spread_takes_the_same_number_from_every_cluster_and_clip():
     rng = np.random.default_rng(0)
     sizes, clips = (600, 300, 20), 10
-    poses = np.concatenate([rng.normal(size=(n, 72)) * 0.1 + 5 * k for k, n in enumerate(sizes)]).astype(np.float32)
+    poses = np.concatenate([rng.normal(size=(n, 72)) * 0.1 + 5 * k for k, n in enumerate(sizes)])
+    poses = poses.astype(np.float32)
     kind = np.repeat(range(3), sizes)
     clip_of = np.concatenate([np.arange(n) * clips // n for n in sizes])
     order = np.argsort(clip_of, kind="stable")
     poses, kind, clip_of = poses[order], kind[order], clip_of[order]
     rows = prepare.pick(clip_of, poses, 220, "spread", 3, np.random.default_rng(1))
-    assert np.bincount(kind[rows]).tolist() == [100, 100, 20]                  # the small one gives all it has
+    assert np.bincount(kind[rows]).tolist() == [100, 100, 20]  # the small one gives all it has
     assert np.bincount(clip_of[rows][kind[rows] == 0]).tolist() == [10] * 10
     assert len(set(rows.tolist())) == 220 and (np.diff(rows) > 0).all()
     gaps = np.diff(rows[(kind[rows] == 0) & (clip_of[rows] == 0)])
-    assert gaps.min() >= 5 and gaps.max() <= 7                                 # 60 frames of that kind in the clip, 10 taken
+    assert gaps.min() >= 5 and gaps.max() <= 7  # 10 of the clip's 60
     one = prepare.pick(clip_of, poses, 250, "cluster", 3, np.random.default_rng(1))
     assert len(one) == 300 and set(kind[one]) == {1}
-    assert len(prepare.pick(clip_of, poses, 920, "cluster", 3, rng)) == 920    # no more there than asked for
+    assert len(prepare.pick(clip_of, poses, 920, "cluster", 3, rng)) == 920  # no more there than asked for
 
 
 @pytest.mark.parametrize("sizes, wanted, expected", [
-    ([5, 5, 5], 6, [2, 2, 2]), ([1, 10, 10], 9, [1, 4, 4]), ([3, 0, 2], 9, [3, 0, 2]), ([4, 4], 0, [0, 0])])
+    ([5, 5, 5], 6, [2, 2, 2]), ([1, 10, 10], 9, [1, 4, 4]), ([3, 0, 2], 9, [3, 0, 2]),
+    ([4, 4], 0, [0, 0])])
 def test_share_by_hand(sizes, wanted, expected):
     assert prepare.share(sizes, wanted, np.random.default_rng(0)).tolist() == expected
 
@@ -341,7 +362,8 @@ def test_kmeans_finds_separate_clusters_as_scipy_does():
     _, expected = kmeans2(poses, centres.astype(np.float32), minit="matrix")
     for cluster in range(6):
         assert len(set(found[expected == cluster])) == 1
-    assert len(set(found)) == 6 and np.array_equal(found, prepare.kmeans(poses, 6, np.random.default_rng(0)))
+    assert len(set(found)) == 6
+    assert np.array_equal(found, prepare.kmeans(poses, 6, np.random.default_rng(0)))
 
 
 def picture(text, symbols):
@@ -359,9 +381,9 @@ def test_stray_head_pixels_are_refilled_by_hand():
                         .pppHH......
                         HpppHs......
                         .ppppp......""", symbols)
-    # The pixel at (4, 2): 8 chest. The block: its first ring is all of it; (5, 4) sees c c c c p, (5, 5) c c c (and 3 background),
-    # (6, 4) sees c p p p, (6, 5): s and background: s; (7, 4) sees p p p p p s: p. (4, 10) sees background alone; (7, 0) p, although
-    # it sees 3 background.
+    # (row, column): (4, 2) sees 8 chest. The block is one ring: (5, 4) sees 5 c and 1 p, (5, 5) c and
+    # background: c; (6, 4) c, p p and s; (6, 5) s and background: s; (7, 4) p. (4, 10) sees background
+    # alone; (7, 0) p, although it sees more background.
     after = picture("""..HHH.......
                        ..HHH.......
                        ...H........
@@ -374,7 +396,7 @@ def test_stray_head_pixels_are_refilled_by_hand():
     labels = before.copy()
     assert prepare.repair_head(labels) == 8
     assert np.array_equal(labels, after)
-    assert prepare.repair_head(labels) == 0                                    # and nothing more to do
+    assert prepare.repair_head(labels) == 0  # and nothing more to do
 
 
 def test_a_large_stray_patch_fills_from_its_border_inwards():
@@ -383,18 +405,19 @@ def test_a_large_stray_patch_fills_from_its_border_inwards():
     labels[30:50, 10:50] = 10
     labels[30:50, 30:50] = 1
     labels[35:45, 25:35] = 16
-    labels[33, 22] = 16                                                        # diagonal neighbours are one component
+    labels[33, 22] = 16  # diagonal neighbours are one component
     labels[34, 23] = 16
     prepare.repair_head(labels)
     assert (labels == 16).sum() == 400
-    assert (labels[35:45, 25:30] == 10).all() and (labels[35:45, 30:35] == 1).all() and labels[33, 22] == labels[34, 23] == 10
+    assert (labels[35:45, 25:30] == 10).all() and (labels[35:45, 30:35] == 1).all()
+    assert labels[33, 22] == labels[34, 23] == 10
 
 
 @pytest.mark.parametrize("box, margin, expected", [
-    ((100, 150, 60, 160), 0.1, (65, 50, 120)),          # x 100-150, y 60-160: side 1.2 * 100, centred at (125, 110)
+    ((100, 150, 60, 160), 0.1, (65, 50, 120)),          # side 1.2 * 100, centred at (125, 110)
     ((0, 40, 100, 200), 0.1, (0, 90, 120)),             # moved right into the frame
     ((290, 320, 140, 240), 0.1, (200, 120, 120)),       # moved left and up
-    ((100, 200, 0, 220), 0.1, (18, -22, 264)),          # higher than the frame: all of its height lies inside
+    ((100, 200, 0, 220), 0.1, (18, -22, 264)),          # higher than the frame, which lies inside
     ((0, 320, 100, 120), 0.1, (-32, -82, 384)),         # wider than the frame
     ((10, 11, 20, 21), 0.0, (10, 20, 1)),
 ])
@@ -409,12 +432,13 @@ def test_padding_is_the_mean_colour_and_the_ignored_label():
     image[:, 160:] = (200, 100, 50)
     labels = np.zeros((240, 320), np.uint8)
     labels[0:220, 100:200] = 1
-    joints = np.full((24, 2), (18, -22), np.float32)    # the crop's corner pixel: x0 = 18, y0 = -22, side 264
+    joints = np.full((24, 2), (18, -22), np.float32)    # the corner of the crop, whose side is 264
     cropped, label, moved = prepare.crop_frame(image, labels, joints, 264, 0.1)
     cropped, label = np.asarray(cropped), np.asarray(label)
     outside = np.r_[0:22, 262:264]
     assert (cropped[outside] == (100, 50, 25)).all() and (label[outside] == 255).all()
-    assert np.array_equal(cropped[22:262], image[:, 18:282]) and np.array_equal(label[22:262], labels[:, 18:282])
+    assert np.array_equal(cropped[22:262], image[:, 18:282])
+    assert np.array_equal(label[22:262], labels[:, 18:282])
     assert (moved == 0).all()
     _, _, moved = prepare.crop_frame(image, labels, joints, 132, 0.1)
     assert (moved == -0.25).all()                       # (0 + 0.5) / 2 - 0.5
@@ -446,15 +470,16 @@ def test_bad_options_get_one_sentence(options, says, tmp_path, monkeypatch, caps
 
 def test_nothing_usable_is_one_sentence(tmp_path, capsys):
     raw = tmp_path / "cmu"
-    write_clip(raw, "train", "01_01_c0001", 2, lambda c: c["segm"].update({key: 0 * m for key, m in c["segm"].items()}))
+    write_clip(raw, "train", "01_01_c0001", 2,
+               lambda c: c["segm"].update({key: 0 * m for key, m in c["segm"].items()}))
     command = ["--raw", str(raw), "--out", str(tmp_path / "out"), *SMALL]
     assert prepare.main(command) == 2 and "skipped.csv says why" in capsys.readouterr().err
-    write_clip(raw, "train", "01_01_c0001", 2)                                 # mended: the same command now works
+    write_clip(raw, "train", "01_01_c0001", 2)  # mended: the same command now works
     assert prepare.main(command) == 0 and len(frames(tmp_path / "out", "train")) == 2
 
 
 def test_garbled_files_cost_only_their_clip(tmp_path):
-    """Bits flipped, bytes cut off and put in, at random: no traceback, and the good clip comes out every time."""
+    """Bits flipped, bytes cut out and put in, at random: no traceback, and the good clip comes out."""
     raw, rng = tmp_path / "cmu", np.random.default_rng(0)
     write_clip(raw, "train", "01_01_c0001", 4)
     for number in range(1, 61):
@@ -473,11 +498,12 @@ def test_garbled_files_cost_only_their_clip(tmp_path):
         path.write_bytes(data)
     status, _, errors = run("--raw", raw, "--out", tmp_path / "out", "--size", 32, "--workers", 2)
     assert status == 0, errors
-    assert [f"01_01_c0001_{t:03d}" for t in range(1, 5)] == [f for f in frames(tmp_path / "out", "train") if f.startswith("01")]
-    for frame in frames(tmp_path / "out", "train"):
-        t = int(frame[-3:]) - 1
+    found = frames(tmp_path / "out", "train")
+    assert [name for name in found if name[:2] == "01"] == [f"01_01_c0001_{t:03d}" for t in range(1, 5)]
+    for frame in found:
         image = np.asarray(Image.open(tmp_path / "out" / "train" / "images" / f"{frame}.jpg"))
-        assert image.shape == (32, 32, 3) and np.abs(image.mean(axis=(0, 1)) - colour("01_01_c0001" if frame[0] == "0" else "70_01_c0000", t)).max() < 40
+        truth = colour("01_01_c0001" if frame[:2] == "01" else "70_01_c0000", int(frame[-3:]) - 1)
+        assert image.shape == (32, 32, 3) and np.abs(image.mean(axis=(0, 1)) - truth).max() < 40
 
 
 def die_or_double(number):
@@ -498,10 +524,12 @@ def spin(number):
 
 
 def test_a_job_that_hangs_is_ended():
-    assert dict(prepare.in_parallel(spin, [(0,), (1,)], 1, seconds=0.5)) == {(0,): "done", (1,): None}
+    found = dict(prepare.in_parallel(spin, [(0,), (1,)], 1, seconds=0.5))
+    assert found == {(0,): "done", (1,): None}
 
 
-def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(raw, prepared, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
+        raw, prepared, tmp_path, monkeypatch, capsys):
     command = ["--raw", str(raw), "--out", str(tmp_path / "out"), "--size", "64", "--workers", "0"]
     write = prepare.write_whole
 
