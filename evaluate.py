@@ -300,6 +300,14 @@ def find_checkpoint(root="runs"):
                   "train.py --model segnet --quick) or name a checkpoint, --ckpt PATH")
 
 
+def load_plain(path):
+    """What torch.load makes of a file on the CPU without running code of it; raises whatever a
+    garbled pickle can raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles of other makes
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path):
     """A checkpoint's dictionary, checked, tensors on the CPU. weights_only: no code in it is run.
 
@@ -310,7 +318,10 @@ def load_checkpoint(path):
     if not zipfile.is_zipfile(path):
         raise Problem(f"{path} is truncated or no checkpoint: try best.pt or last.pt beside it")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():          # torch.load does not compare the checksums it stored
+                raise ValueError("checksum")
+        checkpoint = load_plain(path)
     except Exception as error:          # a garbled pickle can raise anything
         if "GLOBAL" in str(error):
             raise Problem(f"{path} is refused: it holds more than plain values and tensors, and "
@@ -326,6 +337,8 @@ def load_checkpoint(path):
         K = len(check_classes(checkpoint["classes"])["names"])
         if checkpoint["model"] not in MODELS:
             raise Problem(f"its network {checkpoint['model']!r} is none of {', '.join(MODELS)}")
+        if not all(isinstance(value, (int, float, str)) for value in checkpoint["kwargs"].values()):
+            raise Problem("`kwargs` needs plain numbers and strings")
         if checkpoint["kwargs"].get("num_classes", 25) != K:
             raise Problem(f"its network has other classes than the {K} it describes")
         if weights is not None and not (isinstance(weights, list) and len(weights) == K and all(

@@ -27,6 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 DEPTH = 4           # halvings within an hourglass
 SPREAD = 6.4 / 320  # standard deviation of a joint's heat map, in image widths
+NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot spine2
+    leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm leftForeArm
+    rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()  # SURREAL's ids
 # Label sets of the paper's authors from coarse to fine. A group becomes one class, the rest is
 # background; pictures show a group in the colour of its first member.
 LEVELS = (

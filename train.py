@@ -39,7 +39,7 @@ from tqdm import tqdm
 import evaluate
 from evaluate import (IGNORE, MODELS, Batches, Parser, Problem, Split, constant,
                       write_atomically)
-from hourglass import centroids, level_maps
+from hourglass import NAMES, centroids, level_maps
 
 WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 LOG = ("step", "train_loss", "val_loss", "train_miou", "val_miou", "val_accuracy", "val_f1",
@@ -241,7 +241,8 @@ def prepare_batch(batch, step, args, classes, rank=0, world=1):
 
     Returns (images (B, 3, H, W) float32 channels last, batch with the labels and joints to match).
     """
-    images, labels, joints = batch["images"], batch["labels"], batch.get("joints")
+    images, labels = batch["images"], batch["labels"]
+    joints = batch["joints"] if args.joints == "surreal" else None
     draws = draw_augmentation(args.seed, step, args.batch_size, args.augment, rank, world)
     mirror, scale, place = (draw.to(images.device, non_blocking=True) for draw in draws)
     if {"mirror", "naive-mirror"} & set(args.augment):
@@ -250,7 +251,7 @@ def prepare_batch(batch, step, args, classes, rank=0, world=1):
     images = evaluate.normalise(images, classes)
     if "scale" in args.augment:
         images, labels, joints = scale_batch(images, labels, joints, scale, place)
-    batch = batch | {"labels": labels} | ({} if joints is None else {"joints": joints})
+    batch = {"labels": labels} if joints is None else {"labels": labels, "joints": joints}
     return images.contiguous(memory_format=torch.channels_last), batch
 
 
@@ -334,7 +335,9 @@ def build_parser():
     add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile: minutes at "
         "the start, faster steps after")
     add("--checkpoint-activations", action="store_true", help="hourglass: recompute activations in "
-        "the backward pass: about 0.6 of the memory for 1.3 of the time; the result is the same")
+        "the backward pass: a third of the activation memory at --stem-stride 1 for 1.3 of the time, "
+        "with the same result; at 320x320 the paper's batch of 3 then fits a card of 8 GB, without "
+        "it one of 16 GB")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder (default: runs/ and the options that differ from the defaults)")
@@ -517,7 +520,7 @@ def start_from(network, path, classes):
     sentence on what was taken and what was not. Raises Problem if nothing fits.
     """
     try:
-        source = torch.load(path, map_location="cpu", weights_only=True)
+        source = evaluate.load_plain(path)
     except Exception as error:                             # torch raises a dozen kinds for damage
         raise Problem(f"--init-from {path} cannot be read as a checkpoint "
                       f"({type(error).__name__}): it must be one of ours, or a state dict of "
@@ -750,9 +753,15 @@ def train(args, folder, resume=False):
     for index, split in enumerate((measured, validation)):
         shuffled = np.random.default_rng([2, index]).permutation(len(split.frames))
         chosen.append(sorted(shuffled[:args.val_images].tolist()))
-    if args.joints == "surreal" and not training.has_joints:
-        raise Problem(f"{args.data} has no train/joints.npz for --joints surreal: use --joints "
-                      "centroids, the centres of the labelled parts")
+    if args.joints == "surreal":
+        there = training.read_joints().shape[1] if training.has_joints else 0
+        if not 0 < there == len(classes.get("joint_mirror") or []):
+            raise Problem(f"{args.data} has no train/joints.npz that fits the joint_mirror of its "
+                          "classes.json, for --joints surreal: use --joints centroids, the centres "
+                          "of the labelled parts")
+    if args.coarse_to_fine and classes["names"] != NAMES:
+        raise Problem(f"--coarse-to-fine groups SURREAL's 25 parts, and the classes of {args.data} "
+                      "are others: leave it out")
     torch.manual_seed(args.seed)
     model_class = MODELS[args.model]
     recipe = model_class.recipe
@@ -858,6 +867,10 @@ def train(args, folder, resume=False):
                        f"(train / validation)  {throughput:6.1f} images/s  "
                        f"waiting for data {100 * wait:4.1f} %")
 
+    def whole_batch(step):
+        order = FrameOrder(len(training.frames), args.batch_size, args.iterations, args.seed)
+        return [training.frames[index] for index in order[step]]
+
     def due():
         measured_at = rows[-1]["step"] if rows else 0
         return step > measured_at and (step % args.val_every == 0 or step == args.iterations)
@@ -896,7 +909,7 @@ def train(args, folder, resume=False):
             loss, main_loss, stop = seen()
             if not math.isfinite(loss):
                 raise Trouble(f"the loss of step {step} is {loss}; the weights were not touched. "
-                              f"The frames of that batch: {', '.join(batch['frames'])}. A lower "
+                              f"The frames of that batch: {', '.join(whole_batch(step))}. A lower "
                               f"--lr often helps; the checkpoint before it is {last}")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, args.lr, step, args.iterations)

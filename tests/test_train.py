@@ -16,7 +16,7 @@ import torch
 import evaluate
 import train
 from evaluate import IGNORE, Problem
-from tiny import write_prepared
+from tiny import NAMES, write_prepared
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -372,6 +372,17 @@ def test_wrong_options_cost_one_sentence_and_status_2(argv, named, data, tmp_pat
     said = capsys.readouterr().err.strip()
     assert status == 2 and named in said and len(said.splitlines()) == 1 and "Traceback" not in said
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_an_option_that_the_data_cannot_serve_is_refused(tmp_path, capsys):
+    other = write_prepared(tmp_path / "other", frames=3, joints=False,
+                           names=[f"{name}*" for name in NAMES])
+    for option, named in ((["--joints", "surreal"], "centroids"),
+                          (["--coarse-to-fine"], "--coarse-to-fine")):
+        argv = command(other, tmp_path / "run", *SMALL_HOURGLASS, *option, model="hourglass")
+        assert train.main(argv) == 2
+        said = capsys.readouterr().err.strip()
+        assert named in said and str(other) in said and len(said.splitlines()) == 1
 
 
 def test_resume_refuses_other_settings_and_a_run_is_never_overwritten(data, plain, capsys):
