@@ -335,9 +335,8 @@ def build_parser():
     add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile: minutes at "
         "the start, faster steps after")
     add("--checkpoint-activations", action="store_true", help="hourglass: recompute activations in "
-        "the backward pass: a third of the activation memory at --stem-stride 1 for 1.3 of the time, "
-        "with the same result; at 320x320 the paper's batch of 3 then fits a card of 8 GB, without "
-        "it one of 16 GB")
+        "the backward pass: a third of their memory at --stem-stride 1 for 1.3 of the time, with "
+        "the same result; the paper's batch of 3 then fits a card of 8 GB, without it one of 16 GB")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder (default: runs/ and the options that differ from the defaults)")
@@ -793,6 +792,7 @@ def train(args, folder, resume=False):
         if checkpoint["classes"] != classes:
             say(f"Note: {args.data} is not what it was when {last} was written.")
         say(f"Continuing {folder} at step {step}.")
+    signals = Signals()                                     # from here on a signal saves first
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(stored, indent=1))
@@ -877,7 +877,6 @@ def train(args, folder, resume=False):
 
     order = FrameOrder(len(training.frames), args.batch_size, args.iterations, args.seed, rank,
                        world)
-    signals = Signals()
     bar = tqdm(total=args.iterations, initial=step, unit="step",
                disable=rank > 0 or not sys.stderr.isatty())
     try:
