@@ -229,20 +229,21 @@ class Batches(Dataset):
             return problem
 
 
-def leave_signals(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; it is the main process that ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def stream(batches, start, stop, workers, device):
     """Batches start .. stop - 1 in order, tensors on `device`.
 
     Raises Problem for bad data, RuntimeError ("DataLoader worker ...") for a worker that died.
     """
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
-    for batch in loader:
+                        pin_memory=device.type == "cuda")
+    # Ctrl-C and a scheduler's SIGTERM reach workers too, but it is this process that ends them: they
+    # inherit that both are blocked. What arrives here meanwhile is delivered afterwards.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        loaded = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    for batch in loaded:
         if isinstance(batch, Problem):
             raise batch
         yield {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value

@@ -50,7 +50,8 @@ HOURGLASS_ONLY = ("stacks", "features", "stem_stride", "coarse_to_fine", "joints
 
 # What --quick puts in the place of the paper's values: small crops and few iterations.
 QUICK = {
-    "icnet": dict(size=128, batch_size=16, iterations=1500, val_every=250, val_images=200, lr=0.1),
+    "icnet": dict(size=160, batch_size=8, iterations=3000, val_every=500, val_images=200, lr=0.1,
+                  augment=["mirror"]),
     "segnet": dict(size=96, batch_size=16, iterations=400, val_every=100, val_images=100, lr=3e-3),
     "hourglass": dict(size=128, batch_size=8, iterations=600, val_every=100, val_images=200,
                       lr=1e-3, stacks=2, features=96, stem_stride=4, joints_from=1,
@@ -308,9 +309,9 @@ def build_parser():
     add = parser.add_argument_group("loss and augmentation").add_argument
     add("--weighting", choices=WEIGHTINGS, default="none", help="class weights (W1: 1 - frequency; "
         "W2: exponential), on the loss (outer) or on the logits (direct)")
-    add("--augment", nargs="*", choices=("mirror", "scale", "naive-mirror"), default=[],
+    add("--augment", nargs="*", choices=("mirror", "scale", "naive-mirror", "none"), default=[],
         help="alone: mirror and scale (0.5 to 2); naive-mirror flips without swapping left and "
-        "right, as the paper's code did")
+        "right, as the paper's code did; none: as without --quick")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--iterations", type=number(int, 1, 10**9), help="steps (40,000; hourglass 150,000)")
@@ -356,6 +357,10 @@ def parse(argv):
              if value is not None}
     if "augment" in given:
         given["augment"] = sorted(set(given["augment"])) or ["mirror", "scale"]
+        if "none" in given["augment"]:
+            if len(given["augment"]) > 1:
+                raise Problem("--augment none excludes the other choices")
+            given["augment"] = []
     if "data" in given:
         given["data"] = str(Path(given["data"]))
     return given
@@ -420,8 +425,10 @@ def to_argv(settings):
     for name, value in settings.items():
         if value is True:
             argv += [flag(name)]
-        elif value is not None and value is not False and value != []:
-            argv += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, list):
+            argv += [flag(name), *map(str, value or ["none"])]
+        elif value is not None and value is not False:
+            argv += [flag(name), str(value)]
     return argv
 
 
