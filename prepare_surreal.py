@@ -749,29 +749,35 @@ def report(args, totals, skipped, plan):
 # --------------------------------------------------------------------------------------------------
 # The stand-in: clips in SURREAL's raw layout, for those without a licence
 #
-# People made of capsules, in made-up rooms. The sections follow the paper's Section 2.1, step by
-# step: body model, shape, pose, texture, light, camera, background, ground truth. SURREAL takes each
-# from measured data (SMPL, CAESAR, MoCap, LSUN); here each is drawn at random.
+# People made of capsules, in made-up rooms. The chapters follow the paper's Section 2.1, step by
+# step. SURREAL takes each from measured data (SMPL, CAESAR, MoCap, LSUN); here each is drawn at
+# random, in an order that matters: one draw more or less changes every picture.
 # --------------------------------------------------------------------------------------------------
 
-STANDIN = dict(clips=400, frames=5, backgrounds=None)       # 2,000 train, 200 val, 200 test frames
+# 2,000, 200 and 200 frames. Many short clips: people and rooms teach more than further poses.
+STANDIN = dict(clips=1000, frames=2, backgrounds=None, device="cpu")
 
-HEIGHT, WIDTH, FOCAL = 240, 320, 600.0  # SURREAL's pictures; the principal point is (160, 120)
-EMPTY, INDEX = 1 << 62, (
-    1 << 20) - 1  # of the z-buffer, which packs depth above a 20-bit point index
+HEIGHT, WIDTH, FOCAL = 240, 320, 600.0      # SURREAL's pictures; the principal point is (160, 120)
+POINTS = 150_000                            # of a skin; their number is what rendering costs
+TILE = 128                                  # side of the surfaces in a room, pixels
+EMPTY = 1 << 62                             # of the z-buffer, which packs depth above ...
+INDEX = (1 << 20) - 1                       # ... the index of a point, 20 bits
 
-# ---------------------------------------------------------------------------------------------
-# Body model. The SMPL skeleton: 24 joints, label = index + 1. Metres, T-pose, pelvis at 0;
-# x to the body's left, y up, z forward. Only the left side is written down.
-# ---------------------------------------------------------------------------------------------
+
+# ------ body model
+# The SMPL skeleton: 24 joints, label = index + 1. Metres, T-pose, pelvis at 0; x to the body's
+# left, y up, z forward. Only the left side is written down.
+
 PARENT = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 OPPOSITE = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
 JOINTS = {0: (0, 0, 0), 1: (.080, -.085, 0), 3: (0, .105, -.015), 4: (.100, -.475, 0),
           6: (0, .235, -.02), 7: (.095, -.885, -.03), 9: (0, .300, -.01), 10: (.115, -.945, .085),
           12: (0, .500, -.035), 13: (.075, .410, -.025), 15: (0, .585, 0), 16: (.180, .435, -.03),
           18: (.435, .430, -.04), 20: (.685, .435, -.035), 22: (.765, .430, -.03)}
-# The flesh: tapered capsules (joint, end a, end b, radius at a, at b, softness);
-# the softness (mm) is how widely a capsule melts into its neighbours.
+T_POSE = np.array([JOINTS.get(j) or JOINTS[OPPOSITE[j]] for j in range(24)])
+T_POSE[[j for j in range(24) if j not in JOINTS], 0] *= -1
+# The flesh: tapered capsules (joint, end a, end b, radius at a, at b, softness); the softness (mm)
+# is how widely a capsule melts into its neighbours.
 CAPSULES = (
     (0, (.060, .040, .000), (.075, -.060, .000), .100, .100, 14),     # pelvis
     (0, (.065, -.030, -.030), (.070, -.080, -.030), .085, .085, 14),  # buttock
@@ -815,42 +821,28 @@ CAPSULES = (
     (10, (.124, -.949, .098), (.127, -.954, .132), .011, .009, 3),
     (10, (.138, -.950, .088), (.140, -.955, .114), .011, .009, 3),
 )
-SEXED = ((  # female: breasts, wider hips
-    (9, (.075, .345, .050), (.078, .340, .065), .055, .048, 12),
-    (0, (.085, -.020, -.005), (.100, -.080, -.005), .092, .092, 14)), (
-    # male: flat chest muscles, wider back
-    (9, (.075, .375, .030), (.085, .365, .030), .060, .055, 12),
-    (9, (.085, .340, -.035), (.105, .400, -.045), .070, .060, 12)))
-# SURREAL's masks carry stray head pixels on chest and pelvis; these spots (x, y, front or back) do it.
-STRAY = ((.060, .370, 1), (-.085, .330, 1), (.020, .290, 1), (-.050, .020, 1), (.070, -.030, 1),
-         (.070, .390, -1), (-.060, .320, -1), (.010, .350, -1), (.050, .030, -1), (-.080, -.020,
-                                                                                   -1))
+SEXED = (
+    ((9, (.075, .345, .050), (.078, .340, .065), .055, .048, 12),     # female: breasts, wider hips
+     (0, (.085, -.020, -.005), (.100, -.080, -.005), .092, .092, 14)),
+    ((9, (.075, .375, .030), (.085, .365, .030), .060, .055, 12),     # male: chest, wider back
+     (9, (.085, .340, -.035), (.105, .400, -.045), .070, .060, 12)),
+)
+# Spots (x, y, front or back) on chest and pelvis that are labelled head, as in SURREAL's masks.
+STRAY = (
+    (.060, .370, 1), (-.085, .330, 1), (.020, .290, 1), (-.050, .020, 1), (.070, -.030, 1),
+    (.070, .390, -1), (-.060, .320, -1), (.010, .350, -1), (.050, .030, -1), (-.080, -.020, -1),
+)
 
 
 def mirrored(table):
     """Both sides of a table of capsules: those off the middle come again on the right."""
-    right = [(OPPOSITE[j], (-a[0], *a[1:]), (-b[0], *b[1:]), *rest) for j, a, b, *rest in table
-             if a[0]]
-    return list(table) + right
+    return [*table, *((OPPOSITE[joint], (-a[0], *a[1:]), (-b[0], *b[1:]), *rest)
+                      for joint, a, b, *rest in table if a[0])]
 
 
-def skeleton(scale=None):
-    """T-pose joints (24, 3); `scale` (24, 3) stretches what hangs on each joint."""
-    joints = np.zeros((24, 3))
-    for j, place in JOINTS.items():
-        joints[j] = place
-        joints[OPPOSITE[j]] = np.array(place) * ((-1, 1, 1) if OPPOSITE[j] != j else 1)
-    if scale is None:
-        return joints
-    shaped = joints.copy()
-    for j in range(1, 24):
-        shaped[j] = shaped[PARENT[j]] + (joints[j] - joints[PARENT[j]]) * scale[PARENT[j]]
-    return shaped
-
-
-def tensor(values, device="cpu"):
+def tensor(values):
     """Numbers as a float32 tensor."""
-    return torch.as_tensor(np.asarray(values, np.float32), device=device)
+    return torch.as_tensor(np.asarray(values, np.float32))
 
 
 def rotation(axis_angle):
@@ -864,7 +856,7 @@ def rotation(axis_angle):
 
 
 def chain(local, joints):
-    """Forward kinematics: local rotations (24, 3, 3), T-pose joints -> global rotations and places."""
+    """Forward kinematics: rotations (24, 3, 3) and T-pose joints (24, 3), made global."""
     turn, place = local.copy(), joints.copy()
     for j in range(1, 24):
         turn[j] = turn[PARENT[j]] @ local[j]
@@ -873,7 +865,7 @@ def chain(local, joints):
 
 
 def rest_pose():
-    """Local rotations of the pose in which the skin is made: arms and legs half-way spread."""
+    """Local rotations (24, 3, 3) of the pose in which the skin is made: limbs half-way spread."""
     angles = np.zeros((24, 3))
     angles[[16, 17], 2] = -.75, .75
     angles[[1, 2], 2] = .22, -.22
@@ -881,100 +873,107 @@ def rest_pose():
 
 
 def blended(weights, matrix, shift, x):
-    """Linear blend skinning: sum over joints of weights (N, 24) times (matrix (24, 3, 3) x + shift (24, 3))."""
-    return torch.einsum("nab,nb->na",
-                        (weights @ matrix.flatten(1)).view(-1, 3, 3), x) + weights @ shift
+    """Linear blend skinning (N, 3): the sum over joints of weight * (matrix @ x + shift), for
+    weights (N, 24), matrix (24, 3, 3), shift (24, 3), x (N, 3)."""
+    matrix = (weights @ matrix.flatten(1)).view(-1, 3, 3)
+    return torch.einsum("nab,nb->na", matrix, x) + weights @ shift
+
+
+def surface(x, a, axis, radius, growth, soft):
+    """-log sum exp(-distance / softness) over n capsules: zero on a skin that melts them together.
+    x (N, 3), a and axis (n, 3), others (n,). Returns it (N,), gradient (N, 3), distances (N, n)."""
+    t = (((x[:, None] - a) * axis).sum(-1) / (axis ** 2).sum(-1)).clamp(0, 1)
+    away = x[:, None] - a - t[..., None] * axis             # (N, n, 3)
+    length = away.norm(dim=-1).clamp(min=1e-6)
+    distance = length - radius - t * growth
+    level = -distance / soft
+    pull = level.softmax(-1) / length / soft
+    return -level.logsumexp(-1), (pull[..., None] * away).sum(1), distance
+
+
+def skin_points(capsules, rng):
+    """Points on the skin of posed capsules (owner, a, b, radius at a, at b, softness), denser where
+    these overlap. Returns (M, 31): place, normal, openness, distance to the flesh of each joint."""
+    owner, a, b, ra, rb, soft = capsules
+    axis, found = b - a, []
+    area = (ra + rb) * (axis.norm(dim=-1) + ra + rb)
+    ladder = torch.stack([a + axis * step / 4 for step in range(5)]).flatten(0, 1)
+    for c in range(len(owner)):
+        # Drop points on every capsule ...
+        n = int(1.8 * POINTS * area[c] / area.sum())
+        t = tensor(rng.random((n, 1)) * 1.8 - .4).clamp(0, 1)
+        ball = torch.nn.functional.normalize(tensor(rng.standard_normal((n, 3))), dim=-1)
+        x = a[c] + t * axis[c] + (ra[c] + t * (rb[c] - ra[c])) * ball
+        # ... consider its neighbours alone, which saves most of the time ...
+        gap = torch.cdist(x[:200], ladder).min(0).values.view(5, -1).min(0).values
+        near = (gap - torch.maximum(ra, rb) < .12).nonzero()[:, 0]
+        flesh = a[near], axis[near], ra[near], (rb - ra)[near], soft[near]
+        # ... and let Newton pull the points onto the skin, but for those deep inside a neighbour.
+        x = x[surface(x, *flesh)[0] > -3]
+        for _ in range(4):
+            value, slope, _ = surface(x, *flesh)
+            step = (value / (slope ** 2).sum(-1).clamp(min=1e2))[:, None] * slope
+            x = x - step.clamp(-.02, .02)
+        value, slope, distance = surface(x, *flesh)
+        normal = torch.nn.functional.normalize(slope, dim=-1)
+        above = surface(x + .05 * normal, *flesh)[2]
+        sky = (above.min(-1, keepdim=True).values / .05).clamp(0, 1)
+        joint = torch.full((len(x), 24), 9.)
+        joint.scatter_reduce_(1, owner[near].expand(len(x), -1), distance, "amin")
+        found.append(torch.cat([x, normal, sky, joint], 1)[value.abs() < .05])
+    return torch.cat(found)
 
 
 @functools.lru_cache(maxsize=2)
-def template(sex, points=150_000):
-    """The skin of one sex as points in the rest pose, made once in a process.
+def template(sex):
+    """The skin of one sex (0 female, 1 male) in the rest pose, made once in a process.
 
-    Returns a dict of tensors: place, normal, flat (the place in the T-pose, for textures) (N, 3), weights (N, 24),
-    label (N,) int64 with the stray head spots, part (N,) without them, openness (N,) for ambient occlusion.
+    A dict of tensors: place, normal and flat, the place in the T-pose (N, 3); weights of the joints
+    (N, 24); label with the stray head spots, part without (N,) int64; openness to the sky (N,).
     """
     rng = np.random.default_rng(sex)
-    joints = skeleton()
-    turn, place = chain(rest_pose(), joints)
-    owner, ends_a, ends_b, radius_a, radius_b, soft = zip(*mirrored(CAPSULES + SEXED[sex]))
+    turn, place = chain(rest_pose(), T_POSE)
+    owner, a, b, ra, rb, soft = zip(*mirrored(CAPSULES + SEXED[sex]))
     owner = np.array(owner)
-    posed = [np.einsum("nij,nj->ni", turn[owner], np.array(e) - joints[owner]) + place[owner]
-             for e in (ends_a, ends_b)]
-    a, b = (tensor(e) for e in posed)
-    ra, rb, soft = (tensor(v) for v in (radius_a, radius_b, soft))
-    soft = soft / 1000
+    a, b = (tensor(np.einsum("nij,nj->ni", turn[owner], np.array(end) - T_POSE[owner])
+                   + place[owner]) for end in (a, b))
+    capsules = torch.tensor(owner), a, b, tensor(ra), tensor(rb), tensor(soft) / 1000
+    found = skin_points(capsules, rng)
 
-    def surface(x, near):
-        """-log sum exp(-d / softness) over the capsules `near`: zero on the skin. Value, gradient, distances."""
-        t = (((x[:, None] - a[near]) * axis[near]).sum(-1) / (axis[near] ** 2).sum(-1)).clamp(0, 1)
-        away = x[:, None] - a[near] - t[..., None] * axis[near]
-        length = away.norm(dim=-1).clamp(min=1e-6)
-        distance = length - ra[near] - t * (rb - ra)[near]
-        level = -distance / soft[near]
-        pull = level.softmax(-1) / length / soft[near]
-        return -level.logsumexp(-1), (pull[..., None] * away).sum(1), distance
+    # Points are kept by the sparseness of their cell of 12 mm, which evens out the density.
+    cell = (found[:, :3] / .012).floor().long() @ torch.tensor((1, 1 << 16, 1 << 32))
+    cell = torch.unique(cell, return_inverse=True)[1]
+    sparse = 1 / torch.bincount(cell)[cell].double().cpu().numpy()
+    keep = rng.choice(len(found), POINTS, replace=len(found) < POINTS, p=sparse / sparse.sum())
+    x, normal, sky, nearest_joint = found[keep].split((3, 3, 1, 24), 1)
 
-    axis, found = b - a, []
-    area = (ra + rb) * (axis.norm(dim=-1) + ra + rb)
-    for c in range(
-            len(owner)):  # drop points on every capsule, then let Newton pull them onto the skin
-        n = int(1.8 * points * area[c] / area.sum())
-        t = tensor(rng.random((n, 1)) * 1.8 - .4).clamp(0, 1)
-        ball = tensor(rng.standard_normal((n, 3)))
-        x = a[c] + t * axis[c] + (ra[c] + t *
-                                  (rb[c] - ra[c])) * torch.nn.functional.normalize(ball, dim=-1)
-        gap = torch.cdist(x[:200],
-                          torch.stack([a + axis * step / 4 for step in range(5)]).flatten(0, 1))
-        near = (gap.min(0).values.view(5, -1).min(0).values - torch.maximum(ra, rb)
-                < .12).nonzero()[:, 0]
-        x = x[surface(x, near)[0] > -3]  # deep inside a neighbour there is no skin
-        for _ in range(4):
-            value, slope, _ = surface(x, near)
-            x = x - ((value / (slope**2).sum(-1).clamp(min=1e2))[:, None] * slope).clamp(-.02, .02)
-        value, slope, distance = surface(x, near)
-        normal = torch.nn.functional.normalize(slope, dim=-1)
-        sky = (surface(x + .05 * normal, near)[2].min(-1, keepdim=True).values / .05).clamp(0, 1)
-        joint = torch.full((len(x), 24), 9.)
-        joint.scatter_reduce_(1, torch.tensor(owner)[near].expand(len(x), -1), distance, "amin")
-        found.append(torch.cat([x, normal, sky, joint], 1)[value.abs() < .05])
-    found = torch.cat(found)
-    cell = torch.unique((found[:, :3] / .012).floor().long() @ torch.tensor((1, 1 << 16, 1 << 32)),
-                        return_inverse=True)[1]
-    sparse = 1 / torch.bincount(cell)[cell].double().numpy()  # evens out the density
-    keep = rng.choice(len(found), points, replace=len(found) < points, p=sparse / sparse.sum())
-    x, normal, sky, nearest = found[keep].split((3, 3, 1, 24), 1)
-    part = nearest.argmin(1)
-    near = torch.eye(
-        24,
-        dtype=torch.bool)  # a joint moves its own skin, its parent's and its children's, no other
+    # A joint moves its own skin, its parent's and its children's, no other.
+    part = nearest_joint.argmin(1)
+    related = torch.eye(24, dtype=torch.bool)
     for j in range(1, 24):
-        near[j, PARENT[j]] = near[PARENT[j], j] = True
+        related[j, PARENT[j]] = related[PARENT[j], j] = True
     width = torch.full((24,), .010)
     width[[0, 3, 6, 9, 1, 2, 13, 14]] = .014
     width[[20, 21, 22, 23, 10, 11]] = .005
-    logit = -(nearest - nearest.min(1, keepdim=True).values) / width[part][:, None]
-    weights = logit.masked_fill(~near[part], -torch.inf).softmax(1)
-    turn, place, joints = (tensor(v) for v in (turn, place, joints))
+    farther = nearest_joint - nearest_joint.min(1, keepdim=True).values
+    logit = -farther / width[part][:, None]
+    weights = logit.masked_fill(~related[part], -torch.inf).softmax(1)
+
+    turn, place, joints = (tensor(v) for v in (turn, place, T_POSE))
     back = turn.transpose(1, 2)
     flat = blended(weights, back, joints - torch.einsum("jab,jb->ja", back, place), x)
-    label = part + 1
+    label, torso = part + 1, torch.isin(part, torch.tensor([0, 3, 6, 9]))
     for sx, sy, side in STRAY:
         spot = (flat[:, 0] - sx) ** 2 + (flat[:, 1] - sy) ** 2 < .016 ** 2
-        label[spot & (normal[:, 2] * side > .2) & torch.isin(part, torch.tensor([0, 3, 6, 9]))] = 16
-    return dict(place=x,
-                normal=normal,
-                flat=flat,
-                weights=weights,
-                label=label,
-                part=part,
+        label[spot & (normal[:, 2] * side > .2) & torso] = HEAD
+    return dict(place=x, normal=normal, flat=flat, weights=weights, label=label, part=part,
                 openness=sky[:, 0])
 
 
-# ---------------------------------------------------------------------------------------------
-# Body shape. SMPL's ten coefficients, here with a meaning each: the columns say what one unit does.
-# ---------------------------------------------------------------------------------------------
+# ------ body shape: SMPL's ten coefficients, here with a meaning each
+
 def shape_scale(shape):
-    """Scales (24, 3) along x, y, z of the T-pose of what hangs on each joint, from ten coefficients."""
+    """Scales (24, 3) along x, y, z of the T-pose of what hangs on each joint, from shape (10,)."""
     tall, fat, legs, arms, broad, muscle, head, hands, hips, deep = .03 * np.asarray(shape)
     scale = np.ones((24, 3)) * (1 + tall)
     girth = 1 + 1.6 * fat + muscle
@@ -988,25 +987,28 @@ def shape_scale(shape):
     return scale
 
 
-def shaped_skin(sex, shape, points, device):
-    """The template in this subject's shape: SMPL's first step. Adds `joints` and `rest` (joints, rest pose)."""
-    body = {key: value[:points].to(device) for key, value in template(sex).items()}
-    joints = skeleton(shape_scale(shape))
-    turn, before = chain(rest_pose(), skeleton())
+def shaped_skin(sex, shape, points):
+    """The template's first `points` points in this subject's shape, SMPL's first step; also its
+    `joints` (24, 3) and `rest`, the global rotations and places of the rest pose."""
+    body = {key: value[:points] for key, value in template(sex).items()}
+    scale, joints = shape_scale(shape), T_POSE.copy()
+    for j in range(1, 24):
+        joints[j] = joints[PARENT[j]] + (T_POSE[j] - T_POSE[PARENT[j]]) * scale[PARENT[j]]
+    turn, before = chain(rest_pose(), T_POSE)
     _, after = chain(rest_pose(), joints)
-    stretch = np.einsum("jab,jb,jcb->jac", turn, shape_scale(shape), turn)
+    stretch = np.einsum("jab,jb,jcb->jac", turn, scale, turn)
     shift = after - np.einsum("jab,jb->ja", stretch, before)
-    stretch, shift = (tensor(v, device) for v in (stretch, shift))
-    body["place"] = blended(body["weights"], stretch, shift, body["place"])
+    body["place"] = blended(body["weights"], tensor(stretch), tensor(shift), body["place"])
     return body | dict(joints=joints, rest=(turn, after))
 
 
-# ---------------------------------------------------------------------------------------------
-# Body pose. Key poses stand for MoCap. A limb is two directions (outward, up, forward): upper and lower half;
-# legs as the pelvis sees them, arms as the chest does. Then weight, root (pitch, roll), spine (bend, side, twist, nod).
-# ---------------------------------------------------------------------------------------------
+# ------ body pose
+# Key poses stand for MoCap: weight, root (pitch, roll), spine (bend, side, twist, nod), in degrees,
+# left and right leg, left and right arm. A limb is the directions (outward, up, forward) of its
+# upper and its lower half; legs as the pelvis sees them, arms as the chest does.
+
 LEG, ARM = ((.10, -1, .02), (.03, -1, -.06)), ((.24, -1, .0), (.15, -1, .25))
-POSES = {  # name: (weight, root, spine, left leg, right leg, left arm, right arm)
+POSES = {
     "stand": (11, (0, 0), (3, 0, 0, 0), LEG, LEG, ARM, ARM),
     "ease": (4, (0, 4), (2, -8, 8, 5), LEG, ((.2, -1, .15), (.1, -1, -.2)),
         ((.75, -.8, -.25), (-.7, -.6, .5)), ARM),
@@ -1019,7 +1021,7 @@ POSES = {  # name: (weight, root, spine, left leg, right leg, left arm, right ar
         ((.05, -1, -.35), (0, -.3, -1)), ((.3, -.8, -.7), (.1, -.5, .8)),
         ((.25, -.9, .3), (-.2, .5, .9))),
     "reach up": (4, (0, 0), (-4, 5, 0, -20), LEG, LEG, ((.25, 1, .2), (.1, 1, .1)), ARM),
-    "both up": (2, (0, 0), (-5, 0, 0, -10), LEG, LEG, ((.3, 1, .1), (.0, 1, .1)),
+    "both up": (2, (0, 0), (-5, 0, 0, -10), LEG, LEG, ((.3, 1, .1), (0, 1, .1)),
         ((.3, 1, .1), (0, 1, .1))),
     "forward": (3, (5, 0), (8, 0, -10, 0), LEG, ((.1, -1, -.2), (.05, -1, -.35)),
         ((.1, -.1, 1), (0, .05, 1)), ARM),
@@ -1040,7 +1042,7 @@ POSES = {  # name: (weight, root, spine, left leg, right leg, left arm, right ar
     "lunge": (3, (8, 0), (8, 0, 0, 0), ((.1, -.5, .9), (0, -1, -.1)),
         ((.1, -.8, -.6), (.05, -.6, -.9)), ((.3, -.9, .3), (.1, -.5, .9)),
         ((.3, -1, -.2), (.2, -1, .2))),
-    "sit": (5, (-5, 0), (10, 0, 0, 0), ((.18, -.1, 1), (.05, -1, .0)),
+    "sit": (5, (-5, 0), (10, 0, 0, 0), ((.18, -.1, 1), (.05, -1, 0)),
         ((.18, -.1, 1), (.05, -1, -.15)), ((.2, -1, .3), (-.15, -.4, .9)),
         ((.2, -1, .3), (-.15, -.4, .9))),
     "sit low": (2, (-15, 0), (25, 0, 0, 0), ((.2, .25, 1), (.15, .2, 1)),
@@ -1057,8 +1059,7 @@ POSES = {  # name: (weight, root, spine, left leg, right leg, left arm, right ar
     "kneel": (2, (0, 0), (8, 0, 0, 0), ((.12, -.1, 1), (0, -1, 0)), ((.05, -1, .05), (0, -.1, -1)),
         ((.25, -.8, .5), (0, -.3, .9)), ARM),
     "bend": (3, (45, 0), (35, 0, 0, 0), ((.1, -.7, .75), (.05, -.8, .4)),
-        ((.1, -.7, .75), (.05, -.8, .4)), ((.1, .25, .95), (.0, .2, 1)),
-        ((.2, -.1, 1), (0, .1, 1))),
+        ((.1, -.7, .75), (.05, -.8, .4)), ((.1, .25, .95), (0, .2, 1)), ((.2, -.1, 1), (0, .1, 1))),
     "double": (2, (75, 0), (55, 0, 0, 0), ((.1, -.26, .96), (.05, -.35, .92)),
         ((.1, -.26, .96), (.05, -.35, .92)), ((.1, .6, .8), (0, .6, .8)),
         ((.1, .6, .8), (0, .6, .8))),
@@ -1069,7 +1070,7 @@ POSES = {  # name: (weight, root, spine, left leg, right leg, left arm, right ar
     "on back": (2, (-88, 0), (5, 0, 0, 10), LEG, ((.15, -.6, .7), (.05, -.7, -.7)),
         ((.6, -.8, 0), (.4, -.9, .1)), ((.8, .5, 0), (.1, 1, 0))),
     "on front": (2, (88, 0), (-5, 0, 0, -25), ((.2, -1, 0), (.1, -1, -.1)),
-        ((.3, -1, .15), (.1, -.8, -.6)), ((.7, .7, .1), (.0, 1, .1)), ((.5, -1, 0), (.3, -1, .1))),
+        ((.3, -1, .15), (.1, -.8, -.6)), ((.7, .7, .1), (0, 1, .1)), ((.5, -1, 0), (.3, -1, .1))),
     "on side": (2, (0, 85), (15, 0, 0, 10), ((.05, -.6, .8), (0, -.8, -.6)),
         ((.05, -.9, .4), (0, -.9, -.4)), ((.1, -.5, .9), (-.3, .2, .9)),
         ((.1, .4, .9), (0, .9, .3))),
@@ -1094,8 +1095,8 @@ def turn_onto(start, end):
 def limb(rest, flex, upper, lower, twist):
     """Local rotations of a limb's two halves that point it along `upper` and `lower`.
 
-    rest: the limb's direction in the T-pose. flex: where the lower half may bend to; it is a hinge, so the upper half
-    turns about itself (at most `twist` radians) to let it, and what the hinge forbids is left out.
+    rest: its direction in the T-pose. flex: where the hinge in its middle bends to. The upper half
+    turns about itself, at most `twist` radians, to let it; what the hinge forbids is left out.
     """
     first = turn_onto(rest, upper / np.linalg.norm(upper))
     wanted = first.T @ (lower / np.linalg.norm(lower))
@@ -1126,27 +1127,26 @@ def key_pose(name, rng, flip):
     for i, (upper, lower) in enumerate(limbs):
         left = np.array((1 if i % 2 == 0 else -1, 1, 1))
         upper, lower = ((np.array(v) + rng.normal(0, .09, 3)) * left for v in (upper, lower))
+        first, second = ((1, 4), (2, 5), (16, 18), (17, 19))[i]
         if i < 2:
-            pair = limb(np.array((0, -1., 0)), np.array((0, 0, -1.)), upper, lower, .9)
+            rest, flex, twist = np.array((0, -1., 0)), np.array((0, 0, -1.)), .9
         else:
-            pair = limb(np.array((1., 0, 0)) * left, np.array((0, 0, 1.)), upper, lower, 1.5)
-        first = (1, 2, 16, 17)[i]
-        local[first], local[first + (3 if i < 2 else 2)] = pair
+            rest, flex, twist = np.array((1., 0, 0)) * left, np.array((0, 0, 1.)), 1.5
+        local[first], local[second] = limb(rest, flex, upper, lower, twist)
     for hand, sign in ((22, -1), (23, 1)):
         local[hand] = rotation((0, 0, sign * rng.uniform(0, 1.1)))
-    turn, _ = chain(local, skeleton())
-    for ankle in (7, 8):  # the foot lies as flat as the ankle allows
-        local[ankle] = rotation(
-            (np.clip(math.asin(np.clip(turn[ankle][1, 2], -1, 1)), -.45, .7), 0, 0)) @ local[ankle]
+    turn, _ = chain(local, T_POSE)
+    for ankle in (7, 8):                                # the foot lies as flat as the ankle allows
+        tilt = math.asin(np.clip(turn[ankle][1, 2], -1, 1))
+        local[ankle] = rotation((np.clip(tilt, -.45, .7), 0, 0)) @ local[ankle]
     return local
 
 
-def to_quaternion(matrix):
-    """Rotation matrices (..., 3, 3) to unit quaternions (..., 4), real part first and not negative."""
-    m = matrix
+def to_quaternion(m):
+    """Rotation matrices (..., 3, 3) to unit quaternions (..., 4), the real part first, >= 0."""
     trace = np.einsum("...ii", m)
-    four = np.stack([1 + trace] + [1 + 2 * m[..., i, i] - trace for i in range(3)], -1)  # 4 q_i^2
-    w, x, y, z = np.moveaxis(np.sqrt(np.maximum(four, 0)) / 2, -1, 0)
+    squares = np.stack([1 + trace] + [1 + 2 * m[..., i, i] - trace for i in range(3)], -1)  # 4 q^2
+    w, x, y, z = np.moveaxis(np.sqrt(np.maximum(squares, 0)) / 2, -1, 0)
     x = np.copysign(x, m[..., 2, 1] - m[..., 1, 2])
     y = np.copysign(y, m[..., 0, 2] - m[..., 2, 0])
     z = np.copysign(z, m[..., 1, 0] - m[..., 0, 1])
@@ -1162,40 +1162,32 @@ def axis_angle(matrix):
 
 
 def motion(rng, frames):
-    """Local rotations (T, 24, 3, 3) of a movement from one key pose to another."""
-    names, weights = list(POSES), np.array([p[0] for p in POSES.values()], float)
+    """Local rotations (T, 24, 3, 3) of a movement from one key pose to a similar one."""
+    names, weights = list(POSES), np.array([pose[0] for pose in POSES.values()], float)
     first = rng.choice(names, p=weights / weights.sum())
-    near = [
-        abs(POSES[n][1][0] - POSES[first][1][0]) + abs(POSES[n][1][1] - POSES[first][1][1]) < 50
-        for n in names
-    ]
-    weights = weights * near
+    roots = np.array([pose[1] for pose in POSES.values()])
+    weights = weights * (np.abs(roots - POSES[first][1]).sum(1) < 50)
     second = rng.choice(names, p=weights / weights.sum())
     start, end = (key_pose(name, rng, rng.random() < .5) for name in (first, second))
     step = axis_angle(np.swapaxes(start, -1, -2) @ end)
-    time = np.linspace(0, 1, frames) if frames > 1 else np.array([rng.random()])
+    time = np.linspace(rng.uniform(0, .5), rng.uniform(.5, 1), frames)
     ease = time * time * (3 - 2 * time)
     return start @ rotation(ease[:, None, None] * step)
 
 
 def pose_skin(body, turn, place):
-    """Dual quaternion skinning (Kavan et al. 2008): keeps the volume of bent and twisted joints.
-
-    turn (24, 3, 3), place (24, 3): the joints now. Returns points and normals (N, 3).
-    """
+    """Dual quaternion skinning (Kavan et al. 2008): bent and twisted joints keep their volume.
+    turn (24, 3, 3), place (24, 3): the joints now. Returns points and normals (N, 3)."""
     rest_turn, rest_place = body["rest"]
     turn = turn @ np.swapaxes(rest_turn, -1, -2)
     shift = place - np.einsum("jab,jb->ja", turn, rest_place)
     real = to_quaternion(turn)
-    for j in range(1, 24):  # q and -q are the same rotation: keep neighbours on one side
+    for j in range(1, 24):          # q and -q are the same rotation: keep neighbours on one side
         real[j] *= 1 if real[j] @ real[PARENT[j]] >= 0 else -1
     w, v = real[:, :1], real[:, 1:]
-    dual = .5 * np.concatenate([-(shift * v).sum(1, keepdims=True), w * shift + np.cross(shift, v)],
-                               1)
-    both = torch.tensor(np.concatenate([real, dual], 1),
-                        dtype=torch.float32,
-                        device=body["place"].device)
-    blend = both.T @ body["weights"].T  # (8, N); rows are contiguous, which is what makes this fast
+    dual = [-(shift * v).sum(1, keepdims=True), w * shift + np.cross(shift, v)]
+    both = tensor(np.concatenate([real, .5 * np.concatenate(dual, 1)], 1))      # (24, 8)
+    blend = both.T @ body["weights"].T                      # (8, N): contiguous rows make it fast
     blend = blend / (blend[:4] ** 2).sum(0).sqrt()
     w, v, dw, dv = blend[0], blend[1:4], blend[4], blend[5:]
 
@@ -1208,9 +1200,8 @@ def pose_skin(body, turn, place):
     return points.T, rotate(body["normal"].T).T
 
 
-# ---------------------------------------------------------------------------------------------
-# Texture: colours as functions of the place on the T-posed body, as a texture map is.
-# ---------------------------------------------------------------------------------------------
+# ------ texture: colours as functions of the place on the T-posed body, as a texture map is
+
 SKIN = np.array([(.96, .80, .69), (.90, .72, .58), (.82, .61, .46), (.68, .47, .33),
                  (.50, .33, .22), (.34, .22, .15)])
 HAIR = np.array([(.08, .06, .05), (.16, .10, .07), (.30, .19, .11), (.50, .36, .20),
@@ -1218,226 +1209,216 @@ HAIR = np.array([(.08, .06, .05), (.16, .10, .07), (.30, .19, .11), (.50, .36, .
 
 
 def value_noise(x, rng, size, channels):
-    """Smooth noise in space (N, channels), about -1..1: random lattices read trilinearly, three octaves."""
+    """Smooth noise (N, channels), about -1..1, at x (N, 3), from lattices of `size` metres."""
     total = 0
     for octave in range(3):
-        lattice = rng.uniform(-1, 1, (1, channels, 24, 24, 24)) * .6 ** octave
+        lattice = tensor(rng.uniform(-1, 1, (1, channels, 24, 24, 24)) * .6 ** octave)
         where = torch.remainder(x / size * 2 ** octave + 5 * octave, 23) / 11.5 - 1
-        total = total + torch.nn.functional.grid_sample(
-            tensor(lattice, x.device), where[None, None, None], align_corners=True)
+        where = where[None, None, None]                     # (1, 1, 1, N, 3)
+        total = total + torch.nn.functional.grid_sample(lattice, where, align_corners=True)
     return total[0, :, 0, 0].T
 
 
 def any_colour(rng, loud=.15):
-    """A cloth's or a wall's colour (3,): mostly muted and warm, sometimes loud."""
+    """A cloth's or a wall's colour (3,): mostly muted, warm or bluish, `loud` of them loud."""
     if rng.random() < loud:
         hue, saturation, value = rng.random(), rng.uniform(.4, .9), rng.uniform(.4, 1)
     else:
-        hue, saturation, value = rng.choice(
-            (.08, .6)) + rng.normal(0, .05), rng.beta(1.2, 3), rng.beta(1.6, 1.4)
-    return value * (1 -
-                    saturation * np.clip(2 - np.abs((hue * 6 + np.array((5, 3, 1))) % 6 - 2), 0, 1))
+        hue = rng.choice((.08, .6)) + rng.normal(0, .05)
+        saturation, value = rng.beta(1.2, 3), rng.beta(1.6, 1.4)
+    ramps = np.clip(2 - np.abs((hue * 6 + np.array((5, 3, 1))) % 6 - 2), 0, 1)
+    return value * (1 - saturation * ramps)
 
 
 def cloth(x, noise, rng):
-    """Colours (N, 3) of a piece of cloth at places x (N, 3): plain, striped, checked, dotted, blotchy or two halves."""
-    first, second = (tensor(any_colour(rng, .22), x.device) for _ in range(2))
+    """Colours (N, 3) of a piece of cloth at places x (N, 3), dyed unevenly by noise (N,)."""
+    first, second = (tensor(any_colour(rng, .22)) for _ in range(2))
     wave = torch.sin(2 * math.pi / rng.uniform(.02, .09) * x[:, :2])
     kind = rng.choice(6, p=(.42, .16, .12, .06, .14, .1))
-    pattern = (torch.zeros_like(x[:, 0]), wave[:, rng.integers(2)] > rng.uniform(
-        -.5, .7), (wave > 0).float().mean(1), wave.prod(1) > .25, noise > 0, x[:, 1] > rng.uniform(
-            .2, .4))[kind]
-    return (first + pattern.float()[:, None] * (second - first)) * (1 + .13 * noise[:, None])
+    plain = torch.zeros_like(x[:, 0])
+    stripes = wave[:, rng.integers(2)] > rng.uniform(-.5, .7)
+    checks, dots, blotches = (wave > 0).float().mean(1), wave.prod(1) > .25, noise > 0
+    halves = x[:, 1] > rng.uniform(.2, .4)
+    pattern = (plain, stripes, checks, dots, blotches, halves)[kind].float()[:, None]
+    return (first + pattern * (second - first)) * (1 + .13 * noise[:, None])
 
 
 def dress(body, sex, rng):
-    """Colours of a subject's skin, hair and clothes, (N, 3) albedo; clothes and hair also add thickness to `body`."""
-    x, part, device = body["flat"], body["part"], body["flat"].device
-    noise = value_noise(x, rng, .06, 8)
+    """Colours (N, 3) of a subject's skin, hair and clothes. Clothes and hair add thickness to
+    `body`, and wrinkles to its normals."""
+    x, part, noise = body["flat"], body["part"], value_noise(body["flat"], rng, .06, 8)
+    across, up, front = x[:, 0].abs(), x[:, 1], x[:, 2]
+    wobble = .008 * noise[:, 1]
 
     def parts(*joints):
-        return torch.isin(part, torch.tensor(joints, device=device))
+        return torch.isin(part, torch.tensor(joints))
+
     tone = SKIN[rng.integers(len(SKIN))] * rng.uniform(.9, 1.08) + rng.normal(0, .015, 3)
-    colour = tensor(tone, device) * (1 + .06 * noise[:, :1])
-    thick = torch.zeros_like(x[:, 0])
+    colour = tensor(tone) * (1 + .06 * noise[:, :1])
+    thick = torch.zeros_like(up)
 
     def put(where, paint, depth):
         colour[where] = paint[where]
         thick[where] = depth
-    wobble = .008 * noise[:, 1]
-    across, up, front = x[:, 0].abs(), x[:, 1], x[:, 2]
-    face = parts(15) & (front > .05)
-    for cx, cy, rx, ry, mix in ((.032, .684, .013, .006, tone * .3), (.033, .700, .018, .004,
-                                                                      tone * .5),
-                                (0, .630, .024, .007,
-                                 tone * (.85, .55, .55))):  # eyes, brows, mouth
-        spot = face & (((across - cx) / rx) ** 2 + ((up - cy) / ry) ** 2 < 1)
-        colour[spot] = tensor(mix, device)
-    bare = rng.random() < .12  # like CAESAR's scans: hardly dressed
+
+    eyes, brows = (.032, .684, .013, .006, tone * .3), (.033, .700, .018, .004, tone * .5)
+    mouth = (0, .630, .024, .007, tone * (.85, .55, .55))
+    for cx, cy, rx, ry, paint in (eyes, brows, mouth):
+        spot = ((across - cx) / rx) ** 2 + ((up - cy) / ry) ** 2 < 1
+        colour[spot & parts(15) & (front > .05)] = tensor(paint)
+
+    bare = rng.random() < .12                               # hardly dressed, as CAESAR's scans
     sleeve = rng.choice((.15, .25, .34, .67), p=(.15, .2, .35, .3)) + rng.normal(0, .015)
     shirt = parts(3, 6, 9, 13, 14, 16, 17, 18, 19) & (across < sleeve + wobble)
     shirt |= parts(0) & (up > wobble - rng.uniform(.02, .08))
     neckline = rng.uniform(.40, .48)
     shirt &= ~((up + 1.2 * across > neckline + .05) & (front > 0) & (across < .07))
     if bare:
-        shirt = parts(6, 9) & (up < .40) & (up > .24) & (across < .3) if sex == 0 else shirt & False
+        shirt = parts(6, 9) & (up < .40) & (up > .24) & (across < .3) & (sex == 0)
     put(shirt, cloth(x, noise[:, 2], rng), rng.uniform(.004, .012))
-    hem = rng.choice((-.25, -.46, -.70, -.93), p=(.12, .2, .08, .6)) if not bare else -.18
-    trousers = parts(0, 1, 2, 4, 5, 7, 8) & (up > hem + wobble) & ~shirt & (up < rng.uniform(
-        .02, .1))
+
+    hem = -.18 if bare else rng.choice((-.25, -.46, -.70, -.93), p=(.12, .2, .08, .6))
+    waist = rng.uniform(.02, .1)
+    trousers = parts(0, 1, 2, 4, 5, 7, 8) & (up > hem + wobble) & (up < waist) & ~shirt
     put(trousers, cloth(x, noise[:, 3], rng), rng.uniform(.003, .012))
-    if sex == 0 and not bare and rng.random() < .3:  # a skirt
-        thick[trousers
-              & parts(1, 2)] += .02 * ((-.05 - up[trousers & parts(1, 2)]) / .3).clamp(0, 1.5)
-    if rng.random() < .4:  # a belt or a waistband
+    if sex == 0 and not bare and rng.random() < .3:
+        skirt = trousers & parts(1, 2)
+        thick[skirt] += .02 * ((-.05 - up[skirt]) / .3).clamp(0, 1.5)
+    if rng.random() < .4:
         belt = parts(0, 3) & ((up - .03).abs() < .018)
-        colour[belt] = tensor(any_colour(rng) * .5, device)
+        colour[belt] = tensor(any_colour(rng) * .5)
     if rng.random() < .75 and not bare:
-        paint = cloth(x, noise[:, 4], rng)
-        put(parts(7, 8, 10, 11) & (up < rng.choice((-.86, -.90, -.78))), paint, .006)
-        sole = parts(7, 8, 10, 11) & (up < -.953)
-        colour[sole] = tensor(any_colour(rng) * .8, device)
+        paint, feet = cloth(x, noise[:, 4], rng), parts(7, 8, 10, 11)
+        put(feet & (up < rng.choice((-.86, -.90, -.78))), paint, .006)
+        colour[feet & (up < -.953)] = tensor(any_colour(rng) * .8)
+
     style = rng.choice(("short", "long", "bald"), p=((.3, .65, .05), (.78, .1, .12))[sex])
-    paint = tensor(HAIR[rng.integers(len(HAIR))] * rng.uniform(.8, 1.2), device)
+    paint = tensor(HAIR[rng.integers(len(HAIR))] * rng.uniform(.8, 1.2))
     paint = paint * (1 + .25 * noise[:, 4:5])
     line = rng.uniform(.722, .742) + wobble / 2
     ear = (front < .02) & (front > -.03) & (up < .70) & (across > .085)
     scalp = parts(15) & (up > line - (.055 - front).clamp(min=0)) & (up > .645) & ~ear
     if style == "long":
-        scalp |= parts(12, 15) & (front < -.02) | parts(15) & (front < .035) & (up > .60) & (across
-                                                                                             > .055)
+        scalp |= parts(12, 15) & (front < -.02)
+        scalp |= parts(15) & (front < .035) & (up > .60) & (across > .055)
     if style != "bald":
         put(scalp, paint, rng.uniform(.006, .02))
-    elif rng.random() < .4:  # a cap
+    elif rng.random() < .4:                                 # a cap
         put(parts(15) & (up > line), cloth(x, noise[:, 4], rng), .01)
-    if sex == 1 and rng.random() < .3:  # a beard
-        beard = parts(15) & (up < .645) & (front > .0) & ~((across < .024) &
-                                                           ((up - .63).abs() < .008))
+    if sex == 1 and rng.random() < .3:
+        lips = (across < .024) & ((up - .63).abs() < .008)
+        beard = parts(15) & (up < .645) & (front > 0) & ~lips
         colour[beard] = .35 * colour[beard] + .65 * paint[beard]
+
     body["place"] = body["place"] + thick[:, None] * body["normal"]
     wrinkled = body["normal"] + (.05 + .18 * (thick > 0)[:, None]) * noise[:, 5:]
     body["normal"] = torch.nn.functional.normalize(wrinkled, dim=1)
     return (colour * (.55 + .45 * body["openness"])[:, None]).clamp(.01, 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Light: nine spherical harmonics coefficients, drawn uniformly, the first one (ambient) kept up.
-# ---------------------------------------------------------------------------------------------
-def draw_light(rng):
-    light = rng.uniform(-.7, .7, 9)
-    light[0], light[1] = rng.uniform(.5, 1.2), rng.uniform(
-        -.7, 0)  # some ambient; more from above (y points down)
-    return light
-
+# ------ light: nine spherical harmonics coefficients, drawn uniformly
 
 def lit(normal, light):
     """Irradiance (N,) on normals (N, 3), world frame (Ramamoorthi & Hanrahan 2001, equation 13)."""
     x, y, z = normal.unbind(1)
     basis = torch.stack([
-        .886227 * torch.ones_like(x), 1.023328 * y, 1.023328 * z, 1.023328 * x, .858086 * x * y,
-        .858086 * y * z, .743125 * z * z - .247708, .858086 * x * z, .429043 * (x * x - y * y)
-    ], 1)
-    light = tensor(light, normal.device)
-    light = light * torch.tensor([1.] + [.75] * 3 + [.4] * 5, device=normal.device)
+        .886227 * torch.ones_like(x), 1.023328 * y, 1.023328 * z, 1.023328 * x,
+        .858086 * x * y, .858086 * y * z, .743125 * z * z - .247708, .858086 * x * z,
+        .429043 * (x * x - y * y)], 1)
+    light = tensor(light) * torch.tensor([1.] + [.75] * 3 + [.4] * 5)
     return torch.nn.functional.softplus(basis @ light * 6) / 6 + .1
 
 
-# ---------------------------------------------------------------------------------------------
-# Camera: as in SURREAL, a matrix of determinant -1, so pictures come out mirrored: what the data names left is on the
-# visible person's right. The world's y points down; the camera stands at +x and looks along -x.
-# ---------------------------------------------------------------------------------------------
+# ------ camera
+# As in SURREAL, a matrix of determinant -1, so that pictures are mirrored: what the data names left
+# is on the visible person's right. The world's y points down; the camera, at +x, looks along -x.
+
 def project(points, camera):
-    """World points (N, 3) -> x, y in pixels and depth in metres."""
+    """World points (N, 3) to x, y in pixels and depth in metres, each (N,)."""
     depth = camera[0] - points[:, 0]
-    return 160 - FOCAL * (points[:, 2] - camera[2]) / depth, 120 + FOCAL * (
-        points[:, 1] - camera[1]) / depth, depth
+    x = 160 - FOCAL * (points[:, 2] - camera[2]) / depth
+    y = 120 + FOCAL * (points[:, 1] - camera[1]) / depth
+    return x, y, depth
 
 
-def splat(points, normals, camera, device):
-    """A z-buffer (480, 640) int64 at twice the resolution: depth (1/4096 m) and, in the low 20 bits, the point's index.
-
-    Every point covers 2 x 2 half-pixels, and the smallest integer wins; EMPTY where there is none.
-    """
+def splat(points, normals, camera):
+    """The z-buffer (480, 640) int64, at twice the resolution: depth (1/4096 m) and, in the low 20
+    bits, the point's index; EMPTY where there is none. Every point covers 2 x 2 half-pixels."""
     x, y, depth = project(points, camera)
-    towards = tensor(camera, device) - points
-    index = ((normals * towards).sum(1)
-             > -.15 * depth).nonzero()[:, 0]  # the skin's far side is never seen
-    x, y, depth = ((x[index] + .5) * 2 - .5).floor().long(), ((y[index] + .5) * 2 -
-                                                              .5).floor().long(), depth[index]
-    packed = ((depth * 4096).long() << 20) | index
-    buffer = torch.full((2 * HEIGHT * 2 * WIDTH,), EMPTY, dtype=torch.int64, device=device)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            inside = (x + dx >= 0) & (x + dx < 2 * WIDTH) & (y + dy >= 0) & (y + dy < 2 * HEIGHT)
-            cell = (y + dy) * 2 * WIDTH + x + dx
-            buffer.scatter_reduce_(0, cell[inside], packed[inside], "amin")
-    return buffer.view(2 * HEIGHT, 2 * WIDTH)
+    facing = (normals * (tensor(camera) - points)).sum(1)
+    index = (facing > -.15 * depth).nonzero()[:, 0]         # the skin's far side is never seen
+    x, y = (((v[index] + .5) * 2 - .5).floor().long() for v in (x, y))
+    packed = ((depth[index] * 4096).long() << 20) | index
+    height, width = 2 * HEIGHT, 2 * WIDTH
+    buffer = torch.full((height * width,), EMPTY, dtype=torch.int64)
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        inside = (x + dx >= 0) & (x + dx < width) & (y + dy >= 0) & (y + dy < height)
+        cell = (y + dy) * width + x + dx
+        buffer.scatter_reduce_(0, cell[inside], packed[inside], "amin")         # the nearest wins
+    return buffer.view(height, width)
 
 
-# ---------------------------------------------------------------------------------------------
-# Background: a room seen in perspective with things in it, a collage of textured dead leaves, or a folder's pictures.
-# ---------------------------------------------------------------------------------------------
+# ------ background: a room with things in it, a collage of dead leaves, or a folder's pictures
+
 def fractal(rng, height, width, power):
-    """1/f^power noise (height, width), mean 0, standard deviation 1."""
+    """1/f^power noise (height, width) float32, mean 0, standard deviation 1."""
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     amplitude = (np.hypot(fy, fx) + .5 / width) ** -power
     amplitude[0, 0] = 0
-    noise = np.fft.irfft2(amplitude * np.fft.rfft2(rng.standard_normal((height, width))),
-                          (height, width))
+    white = np.fft.rfft2(rng.standard_normal((height, width)))
+    noise = np.fft.irfft2(amplitude * white, (height, width))
     return (noise / noise.std()).astype(np.float32)
 
 
 def palette(rng, count, spread):
-    """Colours that go together (count, 3): one colour, lighter and darker, the hue varied by `spread`."""
+    """Colours that go together (count, 3): one, lighter and darker, the hue varied by `spread`."""
     others = np.array([any_colour(rng) for _ in range(count)])
     mixed = any_colour(rng) * (1 - spread) + spread * others
     return np.clip(mixed * rng.uniform(1 - spread, 1 + .3 * spread, (count, 1)), .02, 1)
 
 
-def tile(rng, plain, size=128):
-    """A surface (size, size, 3): paint, planks, bricks, stripes, checks, clouds, shelves of books, dead leaves."""
-    y, x = np.mgrid[:size, :size]
-    kind = rng.choice(7, p=(.65, .2, .05, .1, 0, 0, 0) if plain else (.2, .25, .1, .15, .1, .1, .1))
+def tile(rng, plain):
+    """A surface (TILE, TILE, 3) float32; `plain` ones suit walls, floor and ceiling."""
+    y, x = np.mgrid[:TILE, :TILE]
+    kinds = ("paint", "bricks", "checks", "clouds", "books", "leaves", "paint")
+    odds = (.65, .2, .05, .1) if plain else (.2, .25, .1, .15, .1, .1, .1)
+    kind = rng.choice(kinds[:len(odds)], p=odds)
     colours, step = palette(rng, 16, rng.uniform(.1, .6)), int(rng.choice((8, 16, 32)))
-    row = y // step
-    if kind == 1:  # planks, bricks, tiles: every other row shifted
-        pick = (row * 7 + (x + row % 2 * step) % size // (step * rng.integers(1, 5)) * 3) % 16
-    elif kind == 2:
+    row, pick, dark = y // step, np.zeros((TILE, TILE), int), 1
+    if kind == "bricks":                        # or planks, or tiles: every other row is shifted
+        pick = (row * 7 + (x + row % 2 * step) % TILE // (step * rng.integers(1, 5)) * 3) % 16
+        dark = np.where(y % step < 1, .6, 1)[..., None]
+    elif kind == "checks":                      # or stripes
         pick = (x // step + row * rng.integers(2)) % 2
-    elif kind == 3:
-        pick = np.clip(fractal(rng, size, size, 1.3) * 2 + 8, 0, 15).astype(int)
-    elif kind == 4:
-        book = np.searchsorted(np.sort(rng.integers(0, size, 40)), x[0])[None]
-        pick = np.where(y % 32 < rng.integers(2, 10, 41)[book], 15, (book * 5 + y // 32 * 3) % 16)
+    elif kind == "clouds":
+        pick = np.clip(fractal(rng, TILE, TILE, 1.3) * 2 + 8, 0, 15).astype(int)
+    elif kind == "books":                       # of all heights, on shelves 32 pixels apart
+        book = np.searchsorted(np.sort(rng.integers(0, TILE, 40)), x[0])[None]
+        gap = y % 32 < rng.integers(2, 10, 41)[book]
+        pick = np.where(gap, 15, (book * 5 + y // 32 * 3) % 16)
         colours = np.array([any_colour(rng, .3) for _ in range(16)])
-    elif kind == 5:
-        return leaves(rng, size, size, 100, 2, 50)
-    else:
-        pick = np.zeros((size, size), int)
-    image = colours[pick]
-    if kind == 1:
-        image = image * np.where(y % step < 1, .6, 1)[..., None]
-    grain = fractal(rng, size, size, rng.uniform(.6, 1.6)) * rng.uniform(.02, .1)
-    return np.clip(image * (1 + grain[..., None]), 0, 1).astype(np.float32)
+    elif kind == "leaves":
+        return leaves(rng, TILE, TILE, 100, 2, 50)
+    grain = fractal(rng, TILE, TILE, rng.uniform(.6, 1.6)) * rng.uniform(.02, .1)
+    return np.clip(colours[pick] * dark * (1 + grain[..., None]), 0, 1).astype(np.float32)
 
 
 def leaves(rng, height, width, count, smallest, largest):
-    """Textured dead leaves (Lee, Mumford & Huang 2001): shapes over shapes, sizes by a power law, each with its own
-    colour, gradient and grain, so that edges occur at every scale as in photographs. (height, width, 3)."""
-    image = np.empty((height, width, 3), np.float32)
+    """Textured dead leaves (Lee, Mumford & Huang 2001), (height, width, 3) float32: `count` shapes
+    over shapes, sizes by a power law, so that edges occur at every scale, as in photographs."""
     base = palette(rng, 8, .6)
-    image[:] = base[0]
-    grains = [fractal(rng, 128, 128, p) for p in (.7, 1.1, 1.6)]
+    image = np.tile(base[0].astype(np.float32), (height, width, 1))
+    grains = [fractal(rng, TILE, TILE, power) for power in (.7, 1.1, 1.6)]
     sizes = 1 / np.sqrt(smallest ** -2. + rng.random(count) * (largest ** -2. - smallest ** -2.))
     sizes[:count // 20] = rng.uniform(largest / 3, largest, count // 20)
     for radius in rng.permutation(sizes):
         cx, cy = rng.uniform(0, width), rng.uniform(0, height)
         stretch, angle, kind = rng.uniform(.15, 1), rng.uniform(0, math.pi), rng.random()
+        if kind < .4:
+            angle = round(angle / (math.pi / 2)) * math.pi / 2          # people build upright
         x0, x1 = max(int(cx - radius), 0), min(int(cx + radius) + 2, width)
         y0, y1 = max(int(cy - radius), 0), min(int(cy + radius) + 2, height)
         y, x = np.ogrid[y0:y1, x0:x1]
-        if kind < .4:
-            angle = round(angle / (math.pi / 2)) * math.pi / 2  # people build upright
         u = ((x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)) / radius
         v = ((y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)) / radius / stretch
         mask = u * u + v * v < 1 if kind > .6 else np.maximum(np.abs(u), np.abs(v)) < .7
@@ -1445,83 +1426,75 @@ def leaves(rng, height, width, count, smallest, largest):
         if rng.random() < .1:
             colour = SKIN[rng.integers(len(SKIN))]
         grain = grains[rng.integers(3)]
-        oy, ox = rng.integers(0, 128, 2)
-        grain = grain[(np.arange(y0, y1) + oy)[:, None] % 128, (np.arange(x0, x1) + ox)[None] % 128]
-        shade = 1 + rng.uniform(-.35, .35) * u + rng.uniform(-.2, .2) * v + rng.uniform(0,
-                                                                                        .2) * grain
+        oy, ox = rng.integers(0, TILE, 2)
+        grain = grain[(y + oy) % TILE, (x + ox) % TILE]
+        shade = 1 + rng.uniform(-.35, .35) * u + rng.uniform(-.2, .2) * v
+        shade = shade + rng.uniform(0, .2) * grain
         if kind > .85:
-            shade = shade * (1.1 - .6 * (u * u + v * v))  # round, like limbs are
+            shade = shade * (1.1 - .6 * (u * u + v * v))                # round, like limbs are
         image[y0:y1, x0:x1][mask] = np.clip(colour * shade[..., None], 0, 1)[mask]
     return image
 
 
 def furniture(rng, size):
-    """Things in a room of `size`: a list of (round, centre, half sizes, turn), boxes or ellipsoids."""
+    """Things in a room of `size` (3,): [(ball or else box, centre, half sizes, turn)]."""
     things = []
 
-    def add(centre, half, turn=np.eye(3), ball=False):
-        things.append((ball, np.array(centre, float), np.array(half, float), turn))
-    for _ in range(rng.integers(3, 9)):  # pictures, doors, windows, boards: flat boxes on the walls
-        w, h, at = rng.uniform(.2, 1), rng.uniform(.2, 1), rng.uniform(.1, .9, 3) * size
-        wall = rng.integers(3)
-        at[1] = h if rng.random() < .3 else rng.uniform(1, size[1] - .3)
-        add((at[0], at[1], size[2]) if wall == 2 else (wall * size[0], at[1], at[2]),
-            (w, h, .03) if wall == 2 else (.03, h, w))
-    for _ in range(rng.integers(4, 10)):
-        kind, turn = rng.integers(6), rotation((0, rng.choice(
-            (0, math.pi / 2)) + rng.normal(0, .2), 0))
-        at = np.array((rng.uniform(.05, .95), 0, rng.uniform(.35, .95))) * size
+    def add(at, turn, half, shift=(0, 0, 0), ball=False):
+        things.append((ball, at + turn @ np.array(shift, float), np.array(half, float), turn))
 
-        def put(centre, half, ball=False, at=at, turn=turn):
-            add(at + turn @ np.array(centre), half, turn, ball)
+    for _ in range(rng.integers(3, 9)):             # pictures, doors, windows: flat, on the walls
+        w, h, at = rng.uniform(.2, 1), rng.uniform(.2, 1), rng.uniform(.1, .9, 3) * size
+        axis, wall = ((0, 0), (0, size[0]), (2, size[2]))[rng.integers(3)]
+        at[1] = h if rng.random() < .3 else rng.uniform(1, size[1] - .3)
+        at[axis] = wall                             # left, right or far
+        add(at, np.eye(3), (w, h, .03) if axis == 2 else (.03, h, w))
+    for _ in range(rng.integers(4, 10)):
+        kind = rng.integers(6)
+        turn = rotation((0, rng.choice((0, math.pi / 2)) + rng.normal(0, .2), 0))
+        at = np.array((rng.uniform(.05, .95), 0, rng.uniform(.35, .95))) * size
         w, h, d = rng.uniform(.3, 1), rng.uniform(.3, .6), rng.uniform(.25, .6)
-        if kind == 0:  # table, desk, stool
-            put((0, 2 * h, 0), (w, .03, d))
+        if kind == 0:                               # table, desk, stool
+            add(at, turn, (w, .03, d), (0, 2 * h, 0))
             for x, z in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-                put((.9 * w * x, h, .9 * d * z), (.03, h, .03))
-        elif kind == 1:  # sofa, armchair, bed
-            put((0, .22, 0), (w, .22, .45)), put((0, .5, .4), (w, .4, .1))
-            put((-w, .3, 0), (.1, .32, .45)), put((w, .3, 0), (.1, .32, .45)), put(
-                (.4 * w, .5, .2), (.25, .2, .15), True)
-        elif kind == 2:  # cupboard, shelf
-            put((0, 2 * h, 0), (w, 2 * h, d / 2))
-        elif kind == 3:  # lamp, stand
-            put((0, 2 * h, 0), (.03, 2 * h, .03)), put((0, 4 * h, 0), (.2, .15, .2), True)
-        else:  # plants, clothes, clutter: limb-like lumps about a place
+                add(at, turn, (.03, h, .03), (.9 * w * x, h, .9 * d * z))
+        elif kind == 1:                             # sofa, armchair, bed: seat, back, arms, cushion
+            add(at, turn, (w, .22, .45), (0, .22, 0))
+            add(at, turn, (w, .4, .1), (0, .5, .4))
+            add(at, turn, (.1, .32, .45), (-w, .3, 0))
+            add(at, turn, (.1, .32, .45), (w, .3, 0))
+            add(at, turn, (.25, .2, .15), (.4 * w, .5, .2), ball=True)
+        elif kind == 2:                             # cupboard, shelf
+            add(at, turn, (w, 2 * h, d / 2), (0, 2 * h, 0))
+        elif kind == 3:                             # lamp, stand
+            add(at, turn, (.03, 2 * h, .03), (0, 2 * h, 0))
+            add(at, turn, (.2, .15, .2), (0, 4 * h, 0), ball=True)
+        else:                                       # plants, clothes, clutter: limb-like lumps
             for _ in range(rng.integers(4, 12)):
-                add(at + rng.normal(0, .25, 3) + (0, rng.uniform(.2, 1.2), 0),
-                    rng.uniform(.03, .1, 3) * (1, rng.uniform(1, 5), 1),
-                    rotation(rng.normal(0, .7, 3)),
-                    rng.random() < .8)
+                place = at + rng.normal(0, .25, 3) + (0, rng.uniform(.2, 1.2), 0)
+                half = rng.uniform(.03, .1, 3) * (1, rng.uniform(1, 5), 1)
+                add(place, rotation(rng.normal(0, .7, 3)), half, ball=rng.random() < .8)
     return things
 
 
-def room(rng, height, width):
-    """A room and the things in it, ray-traced with one lamp. (height, width, 3)."""
-    size = np.array(
-        (rng.uniform(3, 8), rng.uniform(2.4, 3.4), rng.uniform(4, 10)))  # x across, y up, z away
-    eye = size * (rng.uniform(.2, .8), rng.uniform(.3, .7), rng.uniform(.02, .15))
-    focal = width * rng.uniform(.6, 1.2)
-    view = rotation((0, rng.normal(0, .3), 0)) @ rotation(
-        (rng.normal(.1, .12), 0, rng.normal(0, .02)))
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    rays = np.stack([(x - width / 2) / focal, (height / 2 - y) / focal,
-                     np.ones_like(x)], -1) @ view.T.astype(np.float32)
-    lamp, ambient, power = size * rng.uniform(.1, .9, 3), rng.uniform(.3, .6), rng.uniform(2, 5)
-    things = [(False, size / 2, size / 2, np.eye(3))] + furniture(
-        rng, size)  # the room is a box seen from inside
-    nearest, which = np.full((height, width), np.inf, np.float32), np.zeros((height, width),
-                                                                            np.int16)
-    for i, (ball, centre, half, turn) in enumerate(things):  # what is seen where
-        corners = (np.array(list(np.ndindex(2, 2, 2))) * 2 - 1) * half @ turn.T + centre
-        ahead = (corners - eye) @ view
-        low, high = np.zeros(2, int), np.array((width, height))
+def trace(things, eye, view, focal, rays):
+    """What is seen along rays (H, W, 3): the nearest thing's distance and number, (H, W) each.
+    things[0] is the room, a box seen from inside. The others are tried only within the rectangle
+    that their corners span in the picture, which saves most of the time."""
+    height, width = rays.shape[:2]
+    nearest = np.full((height, width), np.inf, np.float32)
+    which = np.zeros((height, width), np.int16)
+    for i, (ball, centre, half, turn) in enumerate(things):
+        box = np.s_[:, :]
         if i > 0:
-            if ahead[:, 2].min() < .3:
+            corners = (np.array(list(np.ndindex(2, 2, 2))) * 2 - 1) * half @ turn.T + centre
+            ahead = (corners - eye) @ view
+            if ahead[:, 2].min() < .3:              # behind the eye, or in its face
                 continue
             at = ahead[:, :2] / ahead[:, 2:] * (focal, -focal) + (width / 2, height / 2)
             low, high = at.min(0).astype(int).clip(0), (at.max(0) + 2).astype(int).clip(0)
-        box = slice(low[1], high[1]), slice(low[0], high[0])
+            box = np.s_[low[1]:high[1], low[0]:high[0]]
+        # Where the thing is stretched to a unit ball or cube: origin + distance * direction.
         o = ((eye - centre) @ turn / half).astype(np.float32)
         d = rays[box] @ (turn / half).astype(np.float32) + 1e-6
         if ball:
@@ -1532,180 +1505,185 @@ def room(rng, height, width):
             middle, reach = -o / d, 1 / np.abs(d)
             leave, enter = (middle + reach).min(-1), (middle - reach).max(-1)
             distance = np.where(enter < leave, enter, np.inf) if i else leave
-        mask = distance < nearest[box]
-        nearest[box][mask], which[box][mask] = distance[mask], i
+        closer = distance < nearest[box]
+        nearest[box][closer], which[box][closer] = distance[closer], i
+    return nearest, which
 
-    ball, centre, half, turn = (
-        np.array(v, np.float32)[which] for v in zip(*things))  # how it looks
-    hit = eye.astype(np.float32) + nearest[..., None] * rays
+
+def pyramid(image):
+    """A tile and its halved sizes, blown up again, five (TILE, TILE, 3): far ones do not alias."""
+    levels = [image]
+    for shrink in (2, 4, 8, 16):
+        cells = image.reshape(TILE // shrink, shrink, TILE // shrink, shrink, 3)
+        levels.append(cells.mean((1, 3)).repeat(shrink, 0).repeat(shrink, 1))
+    return levels
+
+
+def room(rng, height, width):
+    """A room (x across, y up, z away), ray-traced with one lamp: (height, width, 3)."""
+    size = np.array((rng.uniform(3, 8), rng.uniform(2.4, 3.4), rng.uniform(4, 10)))
+    eye = size * (rng.uniform(.2, .8), rng.uniform(.3, .7), rng.uniform(.02, .15))
+    focal = width * rng.uniform(.6, 1.2)
+    pan = rotation((0, rng.normal(0, .3), 0))
+    view = pan @ rotation((rng.normal(.1, .12), 0, rng.normal(0, .02)))
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    rays = np.stack([(x - width / 2) / focal, (height / 2 - y) / focal, np.ones_like(x)], -1)
+    rays = rays @ view.T.astype(np.float32)
+    lamp, ambient, power = size * rng.uniform(.1, .9, 3), rng.uniform(.3, .6), rng.uniform(2, 5)
+    things = [(False, size / 2, size / 2, np.eye(3)), *furniture(rng, size)]
+    distance, which = trace(things, eye, view, focal, rays)
+    inside = which == 0
+
+    # The point that a pixel shows, in its thing's axes; the face it lies on, and the normal there.
+    ball, centre, half, turn = (np.array(v, np.float32)[which] for v in zip(*things))
+    hit = eye.astype(np.float32) + distance[..., None] * rays
     local = np.einsum("hwi,hwij->hwj", hit - centre, turn)
     face = np.abs(local / half).argmax(-1)
-    sign = np.sign(local) * np.where(which == 0, -1, 1)[..., None]
-    normal = np.where(ball[..., None] > 0, local / half**2,
-                      (np.arange(3) == face[..., None]) * sign)
-    normal = np.einsum("hwij,hwj->hwi", turn,
-                       normal / np.linalg.norm(normal, axis=-1, keepdims=True))
+    sign = np.sign(local) * np.where(inside, -1, 1)[..., None]
+    flat = (np.arange(3) == face[..., None]) * sign
+    normal = np.where(ball[..., None] > 0, local / half ** 2, flat)
+    normal = normal / np.linalg.norm(normal, axis=-1, keepdims=True)
+    normal = np.einsum("hwij,hwj->hwi", turn, normal)
+
+    # Light falls off with the distance from the lamp, and into the room's corners.
     beam = (lamp - hit).astype(np.float32)
     far = np.linalg.norm(beam, axis=-1) + .3
     light = ambient + power * np.maximum((normal * beam).sum(-1), 0) / far / (1 + far * far)
-    gap = np.sort(half - np.abs(local), axis=-1)[..., 1]  # to the nearest edge: corners are dark
-    light = light * np.where(which == 0, 1 - .4 * np.exp(-4 * gap), 1)
-    tiles = []
-    for k in range(8):  # each with its halved sizes, so that far surfaces do not flicker
-        levels = [tile(rng, k in (0, 2, 3))]
-        for shrink in (2, 4, 8, 16):
-            small = levels[0].reshape(128 // shrink, shrink, 128 // shrink, shrink, 3).mean((1, 3))
-            levels.append(small.repeat(shrink, 0).repeat(shrink, 1))
-        tiles.append(levels)
-    surface = rng.integers(0, 8, (len(things), 3))
-    surface[0], surface[1:] = (0, 1, 0), surface[1:, :1]  # walls and floor; a thing has one surface
+    gap = np.sort(half - np.abs(local), axis=-1)[..., 1]
+    light = light * np.where(inside, 1 - .4 * np.exp(-4 * gap), 1)
+
+    # A thing has one of the eight tiles; the room has 0 on its walls, 1 or 3 below and 2 above.
+    tiles = np.array([pyramid(tile(rng, plain=k in (0, 2, 3))) for k in range(8)])
+    surfaces = rng.integers(0, 8, (len(things), 3))
+    surfaces[0], surfaces[1:] = (0, 1, 0), surfaces[1:, :1]
     if rng.random() < .8:
-        surface[0, 1] = 3
-    surface = np.where((which == 0) & (face == 1) & (local[..., 1] > 0), 2,
-                       surface[which, face])  # the ceiling
-    scale = 128 * rng.uniform(.4, 1.2, len(things)).astype(np.float32)[which]
+        surfaces[0, 1] = 3
+    ceiling = inside & (face == 1) & (local[..., 1] > 0)
+    chosen = np.where(ceiling, 2, surfaces[which, face])
+    scale = TILE * rng.uniform(.4, 1.2, len(things)).astype(np.float32)[which]
     v, u = (np.take_along_axis(local, (face[..., None] + k) % 3, -1)[..., 0] for k in (1, 2))
-    level = np.clip(np.log2(nearest * scale / focal), 0, 4).astype(int)
-    colour = np.array(tiles)[surface, level, (v * scale).astype(int) % 128,
-                             (u * scale).astype(int) % 128]
+    v, u = ((along * scale).astype(int) % TILE for along in (v, u))
+    level = np.clip(np.log2(distance * scale / focal), 0, 4).astype(int)
+    colour = tiles[chosen, level, v, u]
     tint = rng.uniform(.5, 1.2, (len(things), 1)) * rng.normal(1, .06, (len(things), 3))
-    bright = rng.random(len(things)) < .1  # windows and lamps
-    return colour * np.where(bright, 2, tint.T).T[which] * np.where(bright[which], 1, light)[...,
-                                                                                             None]
+    bright = rng.random(len(things)) < .1                   # windows and lamps need no light
+    tint[bright] = 2
+    return colour * tint[which] * np.where(bright[which], 1, light)[..., None]
 
 
 @functools.lru_cache(maxsize=4)
 def pictures(folder):
-    """All pictures under a folder, sorted. Raises ValueError where there are fewer than ten."""
-    found = sorted(
-        p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    """All pictures under a folder, sorted. Raises Problem where there are fewer than ten."""
+    found = sorted(path for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if len(found) < 10:
-        raise ValueError(
-            f"{folder} has {len(found)} pictures (jpg, png); backgrounds need at least 10, to share among the splits."
-        )
+        raise Problem(f"--backgrounds {folder} has {len(found)} pictures (jpg, png); at least 10 "
+                      "are needed, to share among the splits")
     return found
 
 
 def background(rng, split, folder):
-    """A static picture (480, 640, 3) float32 in 0..1; of a folder's pictures, eight in ten are train's."""
-    height, width = 2 * HEIGHT, 2 * WIDTH
+    """A static picture (240, 320, 3) float32 in 0..1. Of a folder's pictures, train has eight in
+    ten, val and test one each, so that no split sees another's."""
     if folder:
-        mine = [
-            p for i, p in enumerate(pictures(folder))
-            if "train val test".split()[max(i % 10 - 7, 0)] == split
-        ]
+        mine = [path for i, path in enumerate(pictures(folder))
+                if SPLITS[max(i % 10 - 7, 0)] == split]
         picture = Image.open(mine[rng.integers(len(mine))]).convert("RGB")
-        return np.asarray(ImageOps.fit(picture, (width, height)), np.float32) / 255
+        return np.asarray(ImageOps.fit(picture, (WIDTH, HEIGHT)), np.float32) / 255
     kind = rng.random()
-    image = room(rng, height, width) if kind < .7 else leaves(rng, height, width, 500, 5, 260)
-    if kind > .9:  # out of focus
-        image = ndimage.uniform_filter(image, (5, 5, 1))
+    image = room(rng, HEIGHT, WIDTH) if kind < .7 else leaves(rng, HEIGHT, WIDTH, 500, 2.5, 130)
+    if kind > .9:                                           # out of focus
+        image = ndimage.uniform_filter(image, (3, 3, 1))
     image = image / image.mean() * rng.uniform(.3, .6) * rng.normal((1.06, 1, .94), .04)
-    image = 1 - np.exp(-1.4 * image)  # film: highlights roll off
-    glow = fractal(rng, height // 8, width // 8, 1.8).repeat(8, 0).repeat(8, 1)
+    image = 1 - np.exp(-1.4 * image)                        # film: highlights roll off
+    glow = fractal(rng, HEIGHT // 4, WIDTH // 4, 1.8).repeat(4, 0).repeat(4, 1)
     return (image * (1 + .08 * glow[..., None])).clip(0, 1).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------
-# Ground truth, and the clip.
-# ---------------------------------------------------------------------------------------------
+# ------ ground truth
+
 def quarters(image):
-    """The four pixels (each a view) that become one at half the size."""
+    """The four pixels, each a view (H/2, W/2, ...), that become one at half the size."""
     return [image[dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)]
 
 
-def average(image):
-    """Twice the resolution, averaged down: antialiased."""
-    return sum(quarters(image)) / 4
+def paint_person(image, buffer, normals, albedo, label, light):
+    """Paints a person over image (240, 320, 3), in place; returns the mask (240, 320) uint8.
+    buffer (480, 640), of splat; normals and albedo (N, 3), label (N,)."""
+    mask = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
+    lines = [(buffer < EMPTY).any(axis).nonzero()[:, 0] for axis in (1, 0)]     # rows, columns
+    if len(lines[0]) == 0:
+        return mask
+    half = tuple(slice(int(line[0]) // 2, int(line[-1]) // 2 + 1) for line in lines)
+    full = tuple(slice(2 * edge.start, 2 * edge.stop) for edge in half)
+    # Holes one half-pixel wide are closed from both sides, by the farther of the two.
+    seen = buffer[full]
+    wide = torch.nn.functional.pad(seen, (1, 1, 1, 1), value=EMPTY)
+    beside = torch.maximum(wide[1:-1, 2:], wide[1:-1, :-2])
+    above = torch.maximum(wide[2:, 1:-1], wide[:-2, 1:-1])
+    seen = torch.where(seen < EMPTY, seen, torch.minimum(beside, above))
+    box, body = image[half].repeat_interleave(2, 0).repeat_interleave(2, 1), seen < EMPTY
+    shown = seen[body] & INDEX                                          # only these cost shading
+    box[body] = 1 - torch.exp(-1.4 * albedo[shown] * lit(normals[shown], light)[:, None])
+    image[half] = sum(quarters(box)) / 4
+    # A pixel is body where two of its quarters are; the nearest of them names it.
+    front = torch.stack(quarters(seen))
+    part = label[(front.amin(0) & INDEX).clamp(max=len(label) - 1)]
+    mask[half] = torch.where((front < EMPTY).sum(0) >= 2, part, 0).to(torch.uint8)
+    return mask
 
 
-def render_clip(seed, split, frames, backgrounds=None, device="cpu"):
-    """One clip of one person.
-
-    Returns dict(video (T, 240, 320, 3) uint8, segm (T, 240, 320) uint8, info: the fields of SURREAL's info.mat).
-    """
+def render_clip(seed, split, frames, backgrounds=None):
+    """One clip of one person: a dict of video (T, 240, 320, 3) uint8, segm (T, 240, 320) uint8 and
+    info, the fields of SURREAL's info.mat. The work is done on torch's default device."""
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     sex = int(rng.integers(2))
     shape = np.clip(rng.normal(0, 1.2, 10), -2.5, 2.5)
-    shape[0] += 0.8 if sex else -.8
+    shape[0] += .8 if sex else -.8
     distance = float(np.clip(rng.normal(8, 1), 5, 11))
     yaw = rng.uniform(0, 2 * math.pi)
-    aim = rng.normal(0, .5 if rng.random() < .08 else .1, 2)  # some people leave the picture
-    light = draw_light(rng)
-    body = shaped_skin(sex, shape, min(150_000, int(70_000 * (8 / distance) ** 2)), device)
+    aim = rng.normal(0, .5 if rng.random() < .08 else .1, 2)        # some people leave the picture
+    light = rng.uniform(-.7, .7, 9)
+    light[:2] = rng.uniform(.5, 1.2), rng.uniform(-.7, 0)           # never dark; more from above
+    body = shaped_skin(sex, shape, min(POINTS, int(70_000 * (8 / distance) ** 2)))
     albedo = dress(body, sex, rng)
     local = motion(rng, frames)
-    scene = torch.tensor(background(rng, split, backgrounds), device=device)
-    still = average(scene)
+    still = torch.tensor(background(rng, split, backgrounds))
     world = np.diag((1., -1, -1)) @ rotation((0, yaw + math.pi / 2, 0))
     drift = rng.normal(0, .1, 3) * (1, 0, 1)
-    video, masks, joints3d, camera = [], [], [], None
     noise, blur = rng.uniform(.002, .02), rng.uniform(0, .7)
+    video, masks, joints3d, camera = [], [], [], None
     for t in range(frames):
         turn, place = chain(local[t], body["joints"])
         place = place + drift * t / max(frames - 1, 1)
-        place[:, 1] -= place[:, 1].min() - .06
-        points, normals = pose_skin(body, world @ turn, place @ world.T)
+        place[:, 1] -= place[:, 1].min() - .06                      # what is lowest is on the floor
         joints = place @ world.T
         if camera is None:
             camera = joints[0] + (distance, *aim)
-        buffer = splat(points, normals, camera, device)
-        rows, columns = (buffer < EMPTY).any(1).nonzero()[:, 0], (buffer
-                                                                  < EMPTY).any(0).nonzero()[:, 0]
-        image, mask = still.clone(), torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8, device=device)
-        if len(rows):
-            half = [slice(int(edge[0]) // 2, int(edge[-1]) // 2 + 1) for edge in (rows, columns)]
-            full = tuple(slice(2 * edge.start, 2 * edge.stop) for edge in half)
-            body_box, seen = scene[full].clone(), buffer[full]
-            wide = torch.nn.functional.pad(seen, (1, 1, 1, 1),
-                                           value=EMPTY)  # close holes a quarter wide
-            beside = torch.maximum(wide[1:-1, 2:], wide[1:-1, :-2])
-            above = torch.maximum(wide[2:, 1:-1], wide[:-2, 1:-1])
-            seen = torch.where(seen < EMPTY, seen, torch.minimum(beside, above))
-            shown = seen[seen < EMPTY] & INDEX
-            colour = albedo[shown] * lit(normals[shown], light)[:, None]
-            body_box[seen < EMPTY] = 1 - torch.exp(-1.4 * colour)
-            image[tuple(half)] = average(body_box)
-            front = torch.stack(quarters(
-                seen))  # a pixel is body where two of its quarters are; the nearest names it
-            part = body["label"][(front.amin(0) & INDEX).clamp(max=len(points) - 1)]
-            mask[tuple(half)] = torch.where((front < EMPTY).sum(0) >= 2, part, 0).to(torch.uint8)
+        points, normals = pose_skin(body, world @ turn, joints)
+        image, buffer = still.clone(), splat(points, normals, camera)
+        mask = paint_person(image, buffer, normals, albedo, body["label"], light)
         image = ndimage.gaussian_filter(image.cpu().numpy(), (blur, blur, 0), truncate=3)
         image = image + noise * rng.standard_normal(image.shape, dtype=np.float32)
         video.append((image.clip(0, 1) * 255).round().astype(np.uint8))
         masks.append(mask.cpu().numpy())
         joints3d.append(joints)
-    joints3d = np.stack(joints3d, -1).transpose(1, 0, 2)  # (3, 24, T)
+    joints3d = np.stack(joints3d, -1).transpose(1, 0, 2)            # (3, 24, T)
     x, y, _ = project(np.moveaxis(joints3d, 0, -1).reshape(-1, 3), camera)
-    joints2d = np.stack([x, y]).round().reshape(2, 24, frames)
-    pose = axis_angle(local).reshape(frames, 72).T
-
-    def cells(text):
-        return np.array([[text] * frames], object)
-
-    info = dict(joints2D=joints2d,
-                joints3D=joints3d,
-                pose=pose,
-                shape=np.tile(shape[:, None], frames),
-                zrot=np.full((frames, 1), yaw),
-                light=np.tile(light[:, None], frames),
-                camDist=np.array([[distance]]),
-                camLoc=np.array(camera)[:, None])
+    info = dict(
+        joints2D=np.stack([x, y]).round().reshape(2, 24, frames), joints3D=joints3d,
+        pose=axis_angle(local).reshape(frames, 72).T, shape=np.tile(shape[:, None], frames),
+        zrot=np.full((frames, 1), yaw), light=np.tile(light[:, None], frames),
+        camDist=np.array([[distance]]), camLoc=np.array(camera)[:, None])
     info = {key: value.astype(np.float32) for key, value in info.items()}
-    info |= dict(gender=np.full((frames, 1), sex, np.uint8),
-                 stride=np.array([[50]], np.uint8),
-                 source="stand-in, not SURREAL",
-                 bg=cells(f"{split}-{seed}"),
-                 cloth=cells(f"{split}-{seed}"))
+    names = np.array([[f"{split}-{seed}"] * frames], object)        # a MATLAB cell array
+    info |= dict(
+        gender=np.full((frames, 1), sex, np.uint8), stride=np.array([[50]], np.uint8),
+        source="stand-in, not SURREAL", bg=names, cloth=names)
     return dict(video=np.stack(video), segm=np.stack(masks), info=info)
 
 
-def write_beside(path, content):
-    """Write bytes so that the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
+# ------ files
 
 def matlab_file(fields):
     """The bytes of a compressed MATLAB 5 file, without the date that its header would carry."""
@@ -1714,70 +1692,61 @@ def matlab_file(fields):
     return b"MATLAB 5.0 MAT-file".ljust(116) + file.getvalue()[116:]
 
 
-def write_raw_clip(folder, name, clip):
-    """Write a clip as SURREAL's files <name>.mp4, <name>_segm.mat and, last, <name>_info.mat.
-
-    Each file appears whole or not at all, so a clip whose info.mat is there is a whole clip.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def make_clip(raw, path, device, *settings):
+    """Renders RAW/path.mp4, _segm.mat and, last, _info.mat: where that is, the clip is whole. A
+    worker's job, on one thread, so that the files depend on none."""
+    torch.set_num_threads(1)
+    with torch.device(device):
+        clip = render_clip(*settings)
     video = io.BytesIO()
     with av.open(video, "w", format="mp4") as container:
-        stream = container.add_stream("libx264",
-                                      rate=30,
-                                      options={
-                                          "crf": "16",
-                                          "preset": "veryfast"
-                                      })
-        stream.height, stream.width = clip["video"].shape[1:3]
+        stream = container.add_stream("libx264", rate=30, options=dict(crf="16", preset="veryfast"))
+        stream.height, stream.width = HEIGHT, WIDTH
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
         for image in clip["video"]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     masks = {f"segm_{t + 1}": mask for t, mask in enumerate(clip["segm"])}
-    sequence, number = name.rsplit("_c", 1)
+    sequence, number = Path(path).name.rsplit("_c", 1)
     info = clip["info"] | dict(sequence=sequence, clipNo=np.array([[int(number)]], np.uint16))
-    if len(clip["video"]) == 1:  # SURREAL squeezes the joints of a single frame
+    if len(clip["video"]) == 1:                 # SURREAL squeezes the joints of a single frame
         info |= {key: info[key][..., 0] for key in ("joints2D", "joints3D")}
-    write_beside(folder / f"{name}.mp4", video.getvalue())
-    write_beside(folder / f"{name}_segm.mat", matlab_file(dict(sorted(masks.items()))))
-    write_beside(folder / f"{name}_info.mat", matlab_file(info))
+    write_whole(raw, f"{path}.mp4", video.getvalue())
+    write_whole(raw, f"{path}_segm.mat", matlab_file(dict(sorted(masks.items()))))
+    write_whole(raw, f"{path}_info.mat", matlab_file(info))
+    return path
 
 
-def make_clip(folder, name, seed, split, frames, backgrounds):
-    """Renders and writes one clip: a worker's job. One thread, so that the files depend on none."""
-    torch.set_num_threads(1)
-    write_raw_clip(folder, name, render_clip(seed, split, frames, backgrounds))
-    return name
-
-
-def synthesize(raw, clips, frames, backgrounds, seed, workers):
+def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None, device="cpu"):
     """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test.
 
     backgrounds: folder of pictures, or None. The files depend on the seed, never on `workers`; a
     clip that is already there is kept. Raises Problem where `raw` was made with other settings.
     """
-    settings = dict(seed=seed, frames=frames, backgrounds=backgrounds and str(backgrounds))
+    settings = dict(seed=seed, frames=frames, backgrounds=backgrounds and str(backgrounds),
+                    device=device)
     note = raw / "standin.json"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise Problem(f"{raw} holds stand-in clips made with other settings, "
                       f"{note.read_text().strip()}: name another --out or remove it")
-    raw.mkdir(parents=True, exist_ok=True)
-    write_beside(note, json.dumps(settings).encode())
+    (raw / ".parts").mkdir(parents=True, exist_ok=True)
+    write_whole(raw, note.name, json.dumps(settings).encode())
     jobs, tenth = [], max(2, clips // 10)
     for split, count, subject in (("train", clips, 200), ("val", tenth, 800), ("test", tenth, 900)):
         for i in range(count):                              # four clips a sequence, ten sequences
             sequence = f"{subject + i // 40:03d}_{i % 40 // 4 + 1:02d}"
-            name = f"{sequence}_c{i % 4 + 1:04d}"
-            folder = raw / split / "run0" / sequence
-            if not (folder / f"{name}_info.mat").exists():
-                jobs.append((folder, name, seed * 1_000_003 + i, split, frames, backgrounds))
+            path = f"{split}/run0/{sequence}/{sequence}_c{i % 4 + 1:04d}"
+            if not (raw / f"{path}_info.mat").exists():
+                (raw / path).parent.mkdir(parents=True, exist_ok=True)
+                jobs.append((raw, path, device, seed * 1_000_003 + i, split, frames,
+                             backgrounds))
     with progress(len(jobs) * frames, "rendering the stand-in", "frames") as bar:
-        for job, name in in_parallel(make_clip, jobs, workers):
-            if name is None:
+        for job, path in in_parallel(make_clip, jobs, workers):
+            if path is None:
                 raise Problem(f"rendering {job[1]} ended its process, maybe for want of memory: "
                               "try fewer --workers")
             bar.update(frames)
+    shutil.rmtree(raw / ".parts")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1868,6 +1837,10 @@ def parse(argv):
     group.add_argument(
         "--backgrounds", type=Path, metavar="DIR", default=hidden,
         help="folder of pictures to put behind the people (default: made up by the program)")
+    group.add_argument(
+        "--device", metavar="NAME", default=hidden,
+        help="where the people are rendered: cpu, cuda, ...; colours may differ in the last digit "
+             f"(default: {STANDIN['device']})")
     group = parser.add_argument_group("the machine")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     group.add_argument(
@@ -1892,6 +1865,11 @@ def main(argv=None):
             args.raw = Path(f"{args.out}-raw")
             options = {name: getattr(args, name, default) for name, default in STANDIN.items()}
             settings |= options | dict(synthesize=True)
+            try:
+                torch.zeros(1, device=options["device"])
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                raise Problem(f"--device {options['device']} cannot be used "
+                              f"({wording(error)}): cpu always can") from error
             if options["backgrounds"] is not None:
                 if not options["backgrounds"].is_dir():
                     raise Problem(f"there is no folder --backgrounds {options['backgrounds']}")

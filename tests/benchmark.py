@@ -351,7 +351,7 @@ def preparation(options):
         raw, out = Path(place) / "raw", Path(place) / "out"
         clips, frames = 40, 5
         start = time.perf_counter()
-        prepare_surreal.synthesize(raw, clips, frames, None, 0, workers=2)
+        prepare_surreal.synthesize(raw, clips, frames, workers=2)
         rendered = (clips + 2 * max(2, clips // 10)) * frames / (time.perf_counter() - start)
         folders = sorted((raw / "train" / "run0").iterdir())
         names = [(folder.name, path.name.removesuffix(".mp4")) for folder in folders

@@ -487,7 +487,7 @@ def options(place, rng, tally):
 def preparation(place, rng, tally):
     """Raw clips with flipped bits, bytes cut off, fields missing or of wrong shape and type."""
     seeds = place / "seeds"
-    prepare_surreal.synthesize(seeds, 2, 3, None, rng.randrange(10**6), workers=2)
+    prepare_surreal.synthesize(seeds, 2, 3, rng.randrange(10**6), workers=2)
     good = sorted((seeds / "train" / "run0").rglob("*.mp4"))[0]
     name, raw = good.stem, place / "raw" / "cmu"
     parts = {part: good.with_name(name + part) for part in prepare_surreal.PARTS}
