@@ -50,10 +50,10 @@ HOURGLASS_ONLY = ("stacks", "features", "stem_stride", "coarse_to_fine", "joints
 
 # What --quick puts in the place of the paper's values: small crops and few iterations.
 QUICK = {
-    "icnet": dict(size=160, batch_size=8, iterations=3000, val_every=500, val_images=200, lr=0.1,
+    "icnet": dict(size=160, batch_size=8, iterations=3000, val_every=500, val_images=200, lr=0.3,
                   augment=["mirror"]),
-    "segnet": dict(size=96, batch_size=16, iterations=400, val_every=100, val_images=100, lr=3e-3),
-    "hourglass": dict(size=128, batch_size=8, iterations=600, val_every=100, val_images=200,
+    "segnet": dict(size=96, batch_size=8, iterations=800, val_every=200, val_images=200, lr=1e-3),
+    "hourglass": dict(size=128, batch_size=8, iterations=600, val_every=100, val_images=100,
                       lr=1e-3, stacks=2, features=96, stem_stride=4, joints_from=1,
                       joints_modules=1),
 }
