@@ -186,7 +186,7 @@ def list_clips(folder, exclude, known):
     for sequence in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
         try:
             files = {entry.name for entry in os.scandir(folder / sequence)
-                     if entry.is_file() and not entry.name.startswith(".")}
+                     if entry.is_file() and not entry.name.startswith("._")}    # of macOS
         except OSError as error:
             skipped.append((sequence, "", f"unreadable folder: {error.strerror}"))
             continue
