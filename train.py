@@ -398,6 +398,8 @@ def resolve(given):
                      lr=recipe["lr"])
     if given.get("quick"):
         defaults |= QUICK[model]
+    if "study" in given:                                    # its rows say which are augmented
+        defaults["augment"] = []
     steps = given.get("iterations", defaults["iterations"])
     defaults["final_iterations"] = steps if model == "hourglass" else \
         2 * steps if given.get("quick") else 90000
@@ -1173,7 +1175,8 @@ def start(argv):
         args = resolve(given)
         if args.quick and int(os.environ.get("RANK", 0)) == 0:
             print("--quick: " + ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}"
-                                          for name in QUICK[args.model] if name not in given))
+                                          for name in QUICK[args.model] if name not in given
+                                          and getattr(args, name) != []))
         if args.study:
             return study(args, given, Path(args.out or f"runs/{args.model}-study"))
         folder = Path(args.out or f"runs/{run_name(args)}")
