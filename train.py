@@ -1174,9 +1174,8 @@ def start(argv):
     if "resume" not in given:
         args = resolve(given)
         if args.quick and int(os.environ.get("RANK", 0)) == 0:
-            print("--quick: " + ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}"
-                                          for name in QUICK[args.model] if name not in given
-                                          and getattr(args, name) != []))
+            print("--quick stands for", *to_argv({name: getattr(args, name) for name in
+                                                  QUICK[args.model] if name not in given}))
         if args.study:
             return study(args, given, Path(args.out or f"runs/{args.model}-study"))
         folder = Path(args.out or f"runs/{run_name(args)}")
