@@ -17,6 +17,7 @@ with the same command. OUT/classes.json comes last: a folder without it is unfin
 import argparse
 import collections
 import csv
+import fcntl
 import fnmatch
 import functools
 import io
@@ -179,7 +180,8 @@ def progress(total, what, unit):
 def list_clips(folder, exclude, known):
     """The clips folder/<sequence>/<clip>{.mp4,_segm.mat,_info.mat}, in alphabetical order.
 
-    exclude: patterns for the clip's or the sequence's name. known: clips of another split.
+    exclude: patterns for the clip's or the sequence's name. known: clips, and sequences that could
+    not be read, of another split.
     Returns ([(sequence, clip)], [(clip, "", reason)] of those left out).
     """
     usable, skipped, seen = [], [], {}
@@ -195,7 +197,7 @@ def list_clips(folder, exclude, known):
             missing = [part.lstrip("._") for part in PARTS if clip + part not in files]
             if any(fnmatch.fnmatchcase(name, x) for name in (clip, sequence) for x in exclude):
                 reason = "excluded"
-            elif clip in known:
+            elif clip in known or sequence in known:
                 reason = "also in val"
             elif clip in seen:
                 reason = f"name already taken: by the clip in {seen[clip]}"
@@ -222,7 +224,8 @@ def read_mat(path, names):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return loadmat(path, variable_names=names)
+            found = loadmat(path, variable_names=names)
+        return {name: found[name] for name in names if isinstance(found.get(name), np.ndarray)}
     except Exception as error:          # a garbled file makes the reader stumble in any way
         part = path.stem.rsplit("_", 1)[-1]
         raise Unusable(f"unreadable {part}.mat: {wording(error)}") from error
@@ -685,8 +688,10 @@ def finish(args, settings, source, plan):
     write_whole(out, "skipped.csv", table.getvalue().encode(errors="surrogateescape"))
     train = totals["train"]
     if not train["frames"]:
-        (parts / "plan.json").unlink()                      # mended clips get another chance
+        for split in SPLITS:                                # mended clips get another chance
+            shutil.rmtree(out / split)
         shutil.rmtree(parts / "records")
+        (parts / "plan.json").unlink()                      # last, so that a kill leaves it to do
         raise Problem(f"none of the train frames is usable; {out / 'skipped.csv'} says why")
     for split in SPLITS:
         order, buffer = np.argsort(totals[split]["frames"]), io.BytesIO()
@@ -704,7 +709,7 @@ def finish(args, settings, source, plan):
         source=source, settings=settings)
     write_whole(out, "classes.json", as_json(classes))
     shutil.rmtree(parts)
-    report(args, totals, skipped, plan)
+    report(args, totals, skipped, plan, source)
 
 
 def preview(out, frames, columns=8, tile=160):
@@ -726,14 +731,15 @@ def preview(out, frames, columns=8, tile=160):
     return encoded(picture, format="PNG")
 
 
-def report(args, totals, skipped, plan):
+def report(args, totals, skipped, plan, source):
     """Prints frames per split, class frequencies beside the paper's, and what was skipped."""
     print(f"\n{'split':<8}{'wanted':>9}{'chosen':>9}{'written':>9}")
     for split in SPLITS:
         chosen = sum(len(times) for name, _, _, times in plan["clips"] if name == split)
         print(f"{split:<8}{getattr(args, split):>9}{chosen:>9}{len(totals[split]['frames']):>9}")
     pixels = totals["train"]["pixels"]
-    print(f"\n{'class':<18}{'train %':>9}{'paper %':>9}")
+    print(f"\ntrain: {source}")
+    print(f"{'class':<18}{'train %':>9}{'paper %':>9}")
     for name, count, paper in zip(NAMES, pixels, PAPER):
         print(f"{name:<18}{100 * count / sum(pixels):>9.3f}{100 * paper:>9.3f}")
     if skipped:
@@ -941,8 +947,8 @@ def template(sex):
     found = skin_points(capsules, rng)
 
     # Points are kept by the sparseness of their cell of 12 mm, which evens out the density.
-    cell = (found[:, :3] / .012).floor().long() @ torch.tensor((1, 1 << 16, 1 << 32))
-    cell = torch.unique(cell, return_inverse=True)[1]
+    cell = (found[:, :3] / .012).floor().long() * torch.tensor((1, 1 << 16, 1 << 32))
+    cell = torch.unique(cell.sum(1), return_inverse=True)[1]
     sparse = 1 / torch.bincount(cell)[cell].double().cpu().numpy()
     keep = rng.choice(len(found), POINTS, replace=len(found) < POINTS, p=sparse / sparse.sum())
     x, normal, sky, nearest_joint = found[keep].split((3, 3, 1, 24), 1)
@@ -1588,8 +1594,13 @@ def background(rng, split, folder):
     if folder:
         mine = [path for i, path in enumerate(pictures(folder))
                 if SPLITS[max(i % 10 - 7, 0)] == split]
-        picture = Image.open(mine[rng.integers(len(mine))]).convert("RGB")
-        return np.asarray(ImageOps.fit(picture, (WIDTH, HEIGHT)), np.float32) / 255
+        path = mine[rng.integers(len(mine))]
+        try:
+            picture = ImageOps.fit(Image.open(path).convert("RGB"), (WIDTH, HEIGHT))
+        except Exception as error:          # a garbled file makes the reader stumble in any way
+            raise Problem(f"the background {path} cannot be used: {wording(error)}; mend or remove "
+                          "it, and begin anew with another --out") from error
+        return np.asarray(picture, np.float32) / 255
     kind = rng.random()
     image = room(rng, HEIGHT, WIDTH) if kind < .7 else leaves(rng, HEIGHT, WIDTH, 500, 2.5, 130)
     if kind > .9:                                           # out of focus
@@ -1696,8 +1707,14 @@ def make_clip(raw, path, device, *settings):
     """Renders RAW/path.mp4, _segm.mat and, last, _info.mat: where that is, the clip is whole. A
     worker's job, on one thread, so that the files depend on none."""
     torch.set_num_threads(1)
-    with torch.device(device):
-        clip = render_clip(*settings)
+    try:
+        with torch.device(device):
+            clip = render_clip(*settings)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if device == "cpu":
+            raise
+        raise Problem(f"--device {device} cannot render ({wording(error)}): try --device cpu, or "
+                      "fewer --workers if its memory is short") from error
     video = io.BytesIO()
     with av.open(video, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30, options=dict(crf="16", preset="veryfast"))
@@ -1723,12 +1740,16 @@ def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None, device="
     backgrounds: folder of pictures, or None. The files depend on the seed, never on `workers`; a
     clip that is already there is kept. Raises Problem where `raw` was made with other settings.
     """
-    settings = dict(seed=seed, frames=frames, backgrounds=backgrounds and str(backgrounds),
-                    device=device)
+    settings = dict(clips=clips, frames=frames, seed=seed, device=device,
+                    backgrounds=backgrounds and str(backgrounds))
     note = raw / "standin.json"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise Problem(f"{raw} holds stand-in clips made with other settings, "
                       f"{note.read_text().strip()}: name another --out or remove it")
+    strange = raw.is_dir() and {entry.name for entry in os.scandir(raw)} - {".parts"}
+    if strange and not note.exists():
+        raise Problem(f"{raw} holds other files, and the stand-in's clips would go there: name "
+                      "another --out or remove it")
     (raw / ".parts").mkdir(parents=True, exist_ok=True)
     write_whole(raw, note.name, json.dumps(settings).encode())
     jobs, tenth = [], max(2, clips // 10)
@@ -1814,12 +1835,12 @@ def parse(argv):
     group.add_argument(
         "--clusters", type=number(int, 1, 1000), metavar="K", default=25, help="clusters of poses")
     group.add_argument(
-        "--exclude", nargs="+", metavar="GLOB", default=[],
+        "--exclude", nargs="+", action="extend", metavar="GLOB", default=[],
         help="leave out clips whose name or sequence matches, such as the misshapen subjects: "
              "--exclude '18_*' '19_*' '143_21*'")
     group.add_argument(
         "--seed", type=number(int, 0, 2 ** 63), default=0,
-        help="of the choice; the same command gives the same frames")
+        help="of the choice, and of the stand-in's people; the same command gives the same frames")
     group = parser.add_argument_group("the images")
     group.add_argument(
         "--size", type=number(int, 8, 4096), metavar="PIXELS", default=320,
@@ -1829,8 +1850,9 @@ def parse(argv):
         help="added on each side of the person, as a share of its width and height")
     group = parser.add_argument_group("the stand-in (with --synthesize)")
     group.add_argument(
-        "--clips", type=number(int, 1, 100_000), metavar="N", default=hidden,
-        help=f"clips rendered for train, a tenth for val and test (default: {STANDIN['clips']})")
+        "--clips", type=number(int, 1, 24_000), metavar="N", default=hidden,
+        help="clips rendered for train; a tenth, at least 2, for val and for test "
+             f"(default: {STANDIN['clips']})")
     group.add_argument(
         "--frames", type=number(int, 1, 999), metavar="N", default=hidden,
         help=f"frames of a clip (default: {STANDIN['frames']})")
@@ -1839,13 +1861,14 @@ def parse(argv):
         help="folder of pictures to put behind the people (default: made up by the program)")
     group.add_argument(
         "--device", metavar="NAME", default=hidden,
-        help="where the people are rendered: cpu, cuda, ...; colours may differ in the last digit "
-             f"(default: {STANDIN['device']})")
+        help="where the people are rendered: cpu, cuda, ...; another device rounds otherwise, and "
+             f"its people differ a little (default: {STANDIN['device']})")
     group = parser.add_argument_group("the machine")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     group.add_argument(
         "--workers", type=number(int, 0, 1024), metavar="N", default=cores,
-        help="processes side by side, some 150 MB each; 0: none but this one. No effect on files")
+        help="processes side by side, some 150 MB each (and what --device takes); 0: none but "
+             "this one. No effect on files")
     args = parser.parse_args(argv)
     given = [name for name in STANDIN if hasattr(args, name)]
     if given and not args.synthesize:
@@ -1873,7 +1896,9 @@ def main(argv=None):
             if options["backgrounds"] is not None:
                 if not options["backgrounds"].is_dir():
                     raise Problem(f"there is no folder --backgrounds {options['backgrounds']}")
-                settings["backgrounds"] = str(options["backgrounds"].resolve())
+                pictures(options["backgrounds"])            # enough of them?
+                options["backgrounds"] = settings["backgrounds"] = str(
+                    options["backgrounds"].resolve())
             source = "the stand-in, not SURREAL: people rendered by prepare_surreal.py"
         else:
             folder = args.raw / "train" / f"run{args.run}"
@@ -1886,6 +1911,11 @@ def main(argv=None):
         if not begin(args.out, settings):
             print(f"{args.out} is already prepared with these settings; remove it to make it again")
             return 0
+        lock = open(args.out / ".parts" / "lock", "w")      # held until this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"another process is preparing {args.out}: wait for it") from None
         if args.synthesize:
             synthesize(args.raw, seed=args.seed, workers=args.workers, **options)
         prepare(args, settings, source)

@@ -709,7 +709,10 @@ def find_data(args, rank):
               "on it are not SURREAL's. To use SURREAL: python prepare_surreal.py --raw "
               "SURREAL/data/cmu --out data/surreal", flush=True)
         import prepare_surreal                              # only here: whoever has data needs none
-        if prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
+        status = prepare_surreal.main(["--synthesize", "--out", "data/standin"])
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
             raise Problem("the stand-in could not be rendered (see above); --data DIR takes any "
                           "prepared folder")
     return "data/standin"

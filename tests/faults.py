@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.sparse import csc_matrix
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -37,7 +38,7 @@ import prepare_surreal                                      # noqa: E402
 import train                                                # noqa: E402
 from tiny import write_prepared                             # noqa: E402
 
-TIMED = ("images_per_s", "data_wait")                       # of log.csv, the columns that may differ
+TIMED = ("images_per_s", "data_wait")                       # columns of log.csv that may differ
 
 
 class Tally:
@@ -525,7 +526,9 @@ def preparation(place, rng, tally):
         bad({part: b""})
     replacements = [np.zeros(0), np.zeros((2, 2)), np.full((3, 24, 3), np.nan), np.array("text"),
                     np.zeros((240, 320, 2)), np.full((240, 320), 77, np.uint8),
-                    np.array([[{"a": 1}]], object), np.zeros((2, 24, 9)), np.array(1j)]
+                    np.array([[{"a": 1}]], object), np.zeros((2, 24, 9)), np.array(1j),
+                    csc_matrix(np.ones((2, 24))), csc_matrix(np.ones((3, 24))),
+                    csc_matrix(np.ones((240, 320), bool))]
     for part in fields:
         for key in ("segm_1", "segm_3") if part == "_segm.mat" else ("joints2D", "joints3D"):
             bad({part: prepare_surreal.matlab_file(

@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 import prepare_surreal as prepare
 
@@ -544,3 +544,37 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
     monkeypatch.setattr(prepare, "write_whole", write)
     assert prepare.main(command) == 0
     assert files(tmp_path / "out") == files(prepared[0])
+
+
+# -------------------------------------------- the stand-in
+
+def test_rendered_clips_hold_together_and_depend_on_the_seed_alone(tmp_path):
+    """Joints lie on their parts, sides are not swapped, every part occurs, workers change nothing."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    prepare.synthesize(first, 6, 2, seed=3, workers=0)
+    prepare.synthesize(second, 6, 2, seed=3, workers=2)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) == 1 + 3 * (6 + 2 + 2)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    seen, own, other = set(), [], []
+    for path in first.rglob("*_info.mat"):
+        joints = loadmat(path)["joints2D"]                              # (2, 24, T)
+        masks = loadmat(str(path).replace("_info", "_segm"))
+        for t in range(2):
+            mask = masks[f"segm_{t + 1}"]
+            seen |= set(np.unique(mask).tolist())
+            for side in ("left", "right"):
+                part = prepare.NAMES.index(f"{side}ForeArm")
+                twin = prepare.MIRROR[part]
+                rows, columns = np.nonzero(mask == part)
+                if len(rows) > 20:
+                    centre = np.array([columns.mean(), rows.mean()])
+                    own.append(np.linalg.norm(centre - joints[:, part - 1, t]))
+                    other.append(np.linalg.norm(centre - joints[:, twin - 1, t]))
+    assert seen == set(range(25))
+    assert len(own) > 8 and np.median(own) < 12 and np.median(own) < np.median(other) / 1.5
+    with pytest.raises(prepare.Problem, match="other settings"):
+        prepare.synthesize(first, 3, 2, seed=3)
+    prepare.synthesize(tmp_path / "single", 1, 1)
+    info = loadmat(next((tmp_path / "single" / "train").rglob("*_info.mat")))
+    assert info["joints2D"].shape == (2, 24) and info["joints3D"].shape == (3, 24)
