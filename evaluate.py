@@ -152,10 +152,11 @@ class Split:
 
     size: side to which images are resized (default: as prepared). Labels keep the prepared size,
     at which metrics are taken, unless `labels_at_size` (training) brings them to the images'.
+    joints: whether batches have the joints, where there are any.
     Raises Problem for a missing or empty split and for an image without label.
     """
 
-    def __init__(self, data, split, classes, size=None, labels_at_size=False):
+    def __init__(self, data, split, classes, size=None, labels_at_size=False, joints=False):
         self.folder, self.num_classes = Path(data) / split, len(classes["names"])
         self.prepared, self.size = classes["size"], size or classes["size"]
         self.label_size = self.size if labels_at_size else self.prepared
@@ -166,7 +167,7 @@ class Split:
         missing = set(self.frames) - {path.stem for path in labels.glob("*.png")}
         if missing:
             raise Problem(f"{images / min(missing)}.jpg has no label {labels / min(missing)}.png")
-        self.has_joints = (self.folder / "joints.npz").is_file()
+        self.has_joints = joints and (self.folder / "joints.npz").is_file()
         self.joints = None              # (frames, J, 2), read when first needed
 
     def load(self, indices):
@@ -236,8 +237,8 @@ def stream(batches, start, stop, workers, device):
     """
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
                         pin_memory=device.type == "cuda")
-    # Ctrl-C and a scheduler's SIGTERM reach workers too, but it is this process that ends them: they
-    # inherit that both are blocked. What arrives here meanwhile is delivered afterwards.
+    # Ctrl-C and a scheduler's SIGTERM reach workers too, but it is this process that ends them:
+    # they inherit that both are blocked. What arrives here meanwhile is delivered afterwards.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         loaded = iter(loader)
@@ -271,7 +272,9 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        torch.zeros(1, device=device).cpu()                 # "meta" cannot
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise Problem(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
                       "auto and cpu always can") from error
@@ -309,6 +312,15 @@ def load_plain(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def check_sums(path):
+    """Raises ValueError where a checkpoint's bytes differ from the checksums that torch.save stored
+    and torch.load does not compare."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("checksum")
+
+
 def load_checkpoint(path):
     """A checkpoint's dictionary, checked, tensors on the CPU. weights_only: no code in it is run.
 
@@ -319,9 +331,7 @@ def load_checkpoint(path):
     if not zipfile.is_zipfile(path):
         raise Problem(f"{path} is truncated or no checkpoint: try best.pt or last.pt beside it")
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():          # torch.load does not compare the checksums it stored
-                raise ValueError("checksum")
+        check_sums(path)
         checkpoint = load_plain(path)
     except Exception as error:          # a garbled pickle can raise anything
         if "GLOBAL" in str(error):
@@ -334,6 +344,7 @@ def load_checkpoint(path):
     if wrong:
         raise Problem(f"{path} is no checkpoint of train.py: no usable {', '.join(wrong)}")
     size, weights = checkpoint["settings"].get("size"), checkpoint.get("logit_weights")
+    data, tensors = checkpoint["settings"].get("data"), checkpoint["weights"].values()
     try:
         K = len(check_classes(checkpoint["classes"])["names"])
         if checkpoint["model"] not in MODELS:
@@ -347,6 +358,10 @@ def load_checkpoint(path):
             raise Problem(f"`logit_weights` needs {K} finite numbers")
         if size is not None and not (isinstance(size, int) and 8 <= size <= 8192):
             raise Problem("`size` in its settings must lie between 8 and 8192")
+        if data is not None and not isinstance(data, str):
+            raise Problem("`data` in its settings must name a folder")
+        if not all(torch.is_tensor(value) and value.layout == torch.strided for value in tensors):
+            raise Problem("`weights` needs dense tensors")
     except Problem as problem:
         raise Problem(f"{path} cannot be used: {problem}") from problem
     return checkpoint
@@ -742,6 +757,9 @@ def segment_pictures(paths, checkpoint, model, device, precision, out):
     be read costs itself alone. Returns [{picture, overlay, labels, error}], str or None."""
     files = [file for path in map(Path, paths) for file in (sorted(
         f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
+    if not files:
+        raise Problem(f"there is no picture in {', '.join(map(str, paths))}: "
+                      f"{', '.join(PICTURES)} are looked for")
     classes, out = checkpoint["classes"], Path(out)
     side = checkpoint["settings"].get("size") or classes["size"]
     taken, results = {file.resolve() for file in files}, []
@@ -749,8 +767,9 @@ def segment_pictures(paths, checkpoint, model, device, precision, out):
     for file in tqdm(files, unit="picture", disable=None, leave=False):
         try:
             image = upright_rgb(open_picture(file))
-        except Problem as problem:
-            results.append(dict(picture=str(file), overlay=None, labels=None, error=str(problem)))
+        except Exception as error:      # of a garbled EXIF, for one, Pillow raises a SyntaxError
+            said = str(error) if isinstance(error, Problem) else f"{file} cannot be used: {error}"
+            results.append(dict(picture=str(file), overlay=None, labels=None, error=said))
             continue
         for count in itertools.count(1):                # two pictures of one name both keep theirs
             name = file.stem if count == 1 else f"{file.stem}-{count}"
@@ -846,7 +865,7 @@ def parse(argv):
         help="checkpoints or run folders; several are compared; none: the newest run under runs/")
     add("--images", nargs="+", metavar="PATH", help="segment these pictures or folders of pictures")
     add("--data", help="prepared folder (none: the one the network was trained on)")
-    add("--split", default="test", choices=("train", "val", "test"), help="frames to measure on")
+    add("--split", choices=("train", "val", "test"), help="frames to measure on (none: test)")
     add = parser.add_argument_group("what is written").add_argument
     add("--per-class", action="store_true", help="print the figures of every class too")
     add("--json", metavar="FILE", help="also write everything printed to FILE")
@@ -863,8 +882,10 @@ def parse(argv):
         parser.error("--batch-size begins at 1, --workers at 0")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         parser.error(f"--json {options.json}: its folder does not exist")
-    if options.images and (options.data or options.per_class or len(options.ckpt) > 1):
-        parser.error("--images takes one checkpoint, and neither --data nor --per-class")
+    if options.images and (options.data or options.split or options.per_class
+                           or len(options.ckpt) > 1):
+        parser.error("--images takes one checkpoint, and no --data, --split or --per-class")
+    options.split = options.split or "test"
     return options
 
 
@@ -885,7 +906,7 @@ def main(argv=None):
             for result in results:
                 print(result["error"] or "{picture}: {overlay}, {labels}".format_map(result))
             report = dict(note=source_note(checkpoint["classes"]), pictures=results)
-            failed = not results or any(result["error"] for result in results)
+            failed = any(result["error"] for result in results)
         else:
             report, failed = evaluate(options, paths, device, precision), False
         if options.json:

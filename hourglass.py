@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 DEPTH = 4           # halvings within an hourglass
 SPREAD = 6.4 / 320  # standard deviation of a joint's heat map, in image widths
-NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot spine2
-    leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm leftForeArm
-    rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()  # SURREAL's ids
+NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot
+    spine2 leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm
+    leftForeArm rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()
 # Label sets of the paper's authors from coarse to fine. A group becomes one class, the rest is
 # background; pictures show a group in the colour of its first member.
 LEVELS = (
@@ -89,8 +89,8 @@ def heat_maps(joints, H, W, spread):
     joints: (B, J, 2), x then y in pixels of the map; spread: its standard deviation, in pixels.
     Returns maps (B, J, H, W) float32 and counts (B, J) bool: False for a joint NaN or outside.
     """
-    sides = joints.new_tensor([W, H])
-    counts = ((joints >= -0.5) & (joints < sides - 0.5)).all(-1)          # False for NaN
+    x, y = joints.unbind(-1)
+    counts = (x >= -0.5) & (x < W - 0.5) & (y >= -0.5) & (y < H - 0.5)    # False for NaN
     x, y = joints.nan_to_num().unsqueeze(-1).unbind(-2)                   # (B, J, 1) each
     along = lambda centre, side: torch.exp(
         -(torch.arange(side, device=joints.device) - centre) ** 2 / (2 * spread ** 2))
@@ -123,7 +123,7 @@ def keep_statistics(module):
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
@@ -235,8 +235,9 @@ class StackedHourglass(nn.Module):
             num_joints = num_classes - 1
         for name, value in dict(stacks=stacks, features=features, joints_from=joints_from,
                                 joints_modules=joints_modules, num_joints=num_joints).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            most = 4096 if name in ("features", "num_joints") else 16
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, not {value}")
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride must be 1, 2 or 4, not {stem_stride}")
         if joints not in ("none", "surreal", "centroids"):

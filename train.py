@@ -3,7 +3,7 @@
 The procedure is the one of "Fully Convolutional Architectures for Multi-Part Body Segmentation"
 (Borrego Carazo, 2018, Section 3.1). How one step goes:
 
-    JPEG, PNG -> uint8 (workers) -> device -> mirror, scale (whole batch) -> normalise
+    JPEG, PNG -> uint8 (workers) -> device -> mirror, normalise, scale (whole batch)
       -> forward (bf16 autocast) -> loss (float32) -> backward -> loss finite? -> step
 
 Which frames make up step t, and how they are augmented, is a function of (seed, t) alone; nothing
@@ -13,10 +13,11 @@ stopped, on any number of processes.
     python train.py --model segnet --quick                        a few minutes on a laptop
     python train.py --model icnet --augment --weighting w1-outer  the paper's 40,000 iterations
     python train.py --model icnet --study                         the paper's Section 3, one network
-    torchrun --nproc_per_node=8 train.py --model hourglass        the same on several devices
+    torchrun --nproc_per_node=8 train.py --model segnet           the same on several devices
 """
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -135,8 +136,9 @@ class Criterion:
         weights = self.weights_of(levels, logits.shape[1])
         if self.way == "direct":
             logits, weights = logits * weights, None
-        loss = F.cross_entropy(logits, target, weight=weights, ignore_index=IGNORE, reduction="sum")
-        return loss, (target != IGNORE).sum()
+        loss = F.cross_entropy(logits, target, weight=weights, ignore_index=IGNORE,
+                               reduction="none")            # CUDA's "sum" runs on one block
+        return loss.sum(), (target != IGNORE).sum()
 
     def __call__(self, logits, labels, levels=None):
         """The mean over the pixels of all processes, times the number of processes, since
@@ -412,7 +414,8 @@ def resolve(given):
         below = args.size // 32 * 32
         raise Problem(f"--size {args.size} is not a multiple of 32: the nearest are {below} and "
                       f"{below + 32}")
-    if args.joints != "none" and args.joints_from > args.stacks:
+    trained = args.joints != "none" or args.study and model == "hourglass"
+    if trained and args.joints_from > args.stacks:
         raise Problem(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}: "
                       "there is no such stack")
     for name in ("joints_from", "joints_modules", "joints_weight"):
@@ -528,6 +531,7 @@ def start_from(network, path, classes):
     sentence on what was taken and what was not. Raises Problem if nothing fits.
     """
     try:
+        evaluate.check_sums(path)
         source = evaluate.load_plain(path)
     except Exception as error:                             # torch raises a dozen kinds for damage
         raise Problem(f"--init-from {path} cannot be read as a checkpoint "
@@ -731,6 +735,17 @@ def join_processes(args):
     return rank, world, device
 
 
+def lacks_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "alloc" in str(error) and "memory" in str(error))   # the CPU's allocator
+
+
+def leave_processes():
+    """Together: one that failed alone would wait here for the others, and torchrun for it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
@@ -745,7 +760,7 @@ def train(args, folder, resume=False):
     if args.batch_size % world:
         raise Problem(f"--batch-size {args.batch_size} cannot be shared out evenly to {world} "
                       "processes")
-    say = print if rank == 0 else lambda *words: None
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
     args.data = find_data(args, rank)
     wait_for_all()                                          # for the rendering
     stored = vars(args).copy()                              # with "auto" as it was asked for
@@ -757,7 +772,8 @@ def train(args, folder, resume=False):
     if classes["size"] % 32 and args.size is None:
         raise Problem(f"{args.data} is prepared at size {classes['size']}, which is no multiple of "
                       "32: give --size")
-    training = Split(args.data, "train", classes, args.size, labels_at_size=True)
+    training = Split(args.data, "train", classes, args.size, labels_at_size=True,
+                     joints=args.joints != "none")
     measured = Split(args.data, "train", classes, args.size)
     validation = Split(args.data, "val", classes, args.size)
     chosen = []                                             # frames to measure, whatever the seed
@@ -801,9 +817,15 @@ def train(args, folder, resume=False):
                           f"({str(error).splitlines()[0]})") from None
         step, best = checkpoint["step"], checkpoint["best_miou"]
         rows = read_log(folder / "log.csv", step)
+        if step > args.iterations:
+            raise Problem(f"--iterations {args.iterations} is less than the {step} steps that "
+                          f"{folder} has behind it")
         if checkpoint["classes"] != classes:
             say(f"Note: {args.data} is not what it was when {last} was written.")
         say(f"Continuing {folder} at step {step}.")
+    elif resume and (folder / "best.pt").exists():
+        raise Problem(f"{last} is missing: copy {folder / 'best.pt'} there to go on from the best "
+                      "one, or start a new run with another --out")
     signals = Signals()                                     # from here on a signal saves first
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -950,13 +972,16 @@ def train(args, folder, resume=False):
         raise Trouble(f"{error.filename or folder} cannot be written or read "
                       f"({error.strerror or error}); the last good checkpoint stays as it is. When "
                       f"that is mended: python train.py --resume {folder}") from None
-    except (RuntimeError, MemoryError) as error:            # torch's OutOfMemoryError is the former
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise Problem(f"images of {training.size}x{training.size} shrink to a single value per "
+                          f"channel, which batch normalisation cannot use: remove {folder}, and "
+                          "give a larger --size or --batch-size") from None
         if "DataLoader worker" in str(error):
             raise Trouble(f"a data worker died at step {step} (killed, or out of memory); what was "
                           f"saved is intact: python train.py --resume {folder}, with fewer "
                           "--workers if memory is short") from None
-        lacking = "alloc" in str(error) and "memory" in str(error)
-        if lacking or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if lacks_memory(error):
             way = (f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else
                    "a smaller --size, or --checkpoint-activations (hourglass)")
             raise Trouble(f"out of memory at --batch-size {args.batch_size}: try {way}") from None
@@ -1015,6 +1040,12 @@ def study(args, given, folder):
             if value != before[name] and name not in free:
                 raise Problem(f"{folder} holds a study with another {flag(name)} ({before[name]}): "
                               "repeat that command to continue it, or give --out")
+    classes = evaluate.read_classes(args.data)              # what would fail at a later row
+    if args.model != "hourglass":
+        class_weights(classes["pixels"], "w1", classes["names"])
+    elif classes["names"] != NAMES:
+        raise Problem(f"--study tries coarse-to-fine labels, which group SURREAL's 25 parts, and "
+                      f"the classes of {args.data} are others: train without --study")
     wait_for_all()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1045,6 +1076,10 @@ def study(args, given, folder):
         """The row with the higher mIoU; a difference within its confidence interval is noted."""
         difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
                                                       new["frames"])
+        if dist.is_initialized():                           # GPUs round differently; one decides
+            decided = [difference, half]
+            dist.broadcast_object_list(decided)
+            difference, half = decided
         winner = new if difference > 0 else old
         points = f"{100 * difference:+.2f} +- {100 * half:.2f} points of mIoU" + (
             "" if abs(difference) > half else
@@ -1088,8 +1123,9 @@ def measure(folder, split, device):
     precision = evaluate.pick_precision(device, settings["precision"])
     model = evaluate.build_model(checkpoint).to(device, memory_format=torch.channels_last)
     data = Split(settings["data"], split, classes, settings["size"])
-    confusions, raw = evaluate.evaluate_split(model, data, classes, device, precision, 16,
-                                              settings["workers"], checkpoint["logit_weights"])
+    confusions, raw = evaluate.evaluate_split(
+        model, data, classes, device, precision, min(16, settings["batch_size"]),
+        settings["workers"], checkpoint["logit_weights"])
     return dict(confusions=confusions, frames=data.frames, source=classes["source"],
                 figures=evaluate.metrics(confusions.sum(0), classes["groups"]),
                 halves=evaluate.bootstrap(confusions, data.frames),
@@ -1212,6 +1248,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         start(argv)
+        leave_processes()
         return 0
     except Problem as problem:
         print(f"train.py: {problem}", file=sys.stderr)
@@ -1221,19 +1258,28 @@ def main(argv=None):
         return 1
     except Stopped as stopped:
         number, step, folder = stopped.args
+        leave_processes()
         if int(os.environ.get("RANK", 0)):
             return 128 + number
         again = argv if "--study" in argv else ["--resume", str(folder)]
+        world = os.environ.get("WORLD_SIZE")
+        start_it = f"torchrun --nproc_per_node={world}" if world else "python"
         print(f"Stopped by {signal.Signals(number).name} after step {step}; everything is saved. "
-              f"To continue:\npython train.py {shlex.join(again)}", file=sys.stderr)
+              f"To continue:\n{start_it} train.py {shlex.join(again)}", file=sys.stderr)
         return 128 + number
     except KeyboardInterrupt:                               # between two runs, or while rendering
         print("Stopped between two runs or before the first step; to go on: the same command, with "
               "--resume if it says that the folder already holds a run.", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (RuntimeError, MemoryError) as error:            # of the loop, train() knows more
+        if "DataLoader worker" in str(error):
+            said = "a data worker died (killed, or out of memory): the same command goes on"
+        elif lacks_memory(error):
+            said = "out of memory: give a smaller network, --size or --batch-size"
+        else:
+            raise
+        print(f"train.py: {said}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

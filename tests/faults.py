@@ -70,7 +70,8 @@ def start(argv, program=None, **settings):
     begin = [sys.executable, *(["-c", program] if program else ["train.py"])]
     return subprocess.Popen([*begin, *argv], cwd=REPOSITORY, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"), **settings)
+                            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"),
+                            **settings)
 
 
 def finish(process, seconds=180):
@@ -135,17 +136,19 @@ def kills(place, rng, tally):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             count += 1
-        elif process.returncode == 0:                       # it came to its end: begin again
+        elif process.returncode == 0:                       # it came to its end: all over again
             shutil.rmtree(cut)
+            count = 0
         status, errors = finish(process)
         if status not in (0, -signal.SIGKILL):
             return tally("kill -9 at a random moment, then resumed", False, errors)
         for name in ("last.pt", "best.pt"):                 # whole, or not there
             if (cut / name).exists():
                 evaluate.load_checkpoint(cut / name)
-        tally("kill -9 at a random moment: checkpoints whole", True)
+        if status == -signal.SIGKILL:
+            tally("kill -9 at a random moment: checkpoints whole", True)
     status, errors = finish(start(["--resume", str(cut)]))
-    tally("after 20 kills: weights, best and log bit for bit those of an undisturbed run",
+    tally(f"after {count} kills: weights, best and log bit for bit those of an undisturbed run",
           status == 0 and same_end(place / "whole", cut), errors)
 
     program = """
@@ -173,10 +176,10 @@ sys.exit(train.main(sys.argv[3:]))
     for number, (kind, call) in enumerate(moments):
         run = place / f"moment{number}"
         argv = command(data, run, *more[:-2], iterations=8)
-        finish(start([kind, str(call), *argv], program))
+        killed = finish(start([kind, str(call), *argv], program))[0] == -signal.SIGKILL
         begun = (run / "config.json").exists()              # else it was killed before that
         status, errors = finish(start(["--resume", str(run)] if begun else argv))
-        same = same_end(place / "short", run) if status == 0 else False
+        same = killed and status == 0 and same_end(place / "short", run)
         tally("kill -9 before, in and after each file that is written, and in validation", same,
               f"{kind} {call}: {errors}")
 
@@ -184,19 +187,19 @@ sys.exit(train.main(sys.argv[3:]))
 def signals(place, rng, tally):
     """Ctrl-C and SIGTERM: the step is finished, saved, and the way to go on is printed."""
     data = write_prepared(place / "data")
-    finish(start(command(data, place / "whole", iterations=30)))
-    for index, (number, code) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143)] * 3):
+    finish(start(command(data, place / "whole", "--val-every", "20", iterations=300)))
+    for index, (number, code) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143)] * 4):
         run = place / f"run{index}"
-        process = start(command(data, run, "--workers", str(index % 2), iterations=30))
+        process = start(command(data, run, "--workers", str(index // 2 % 2), "--val-every", "20",
+                                iterations=300))
         process.stdout.readline()
         time.sleep(rng.random() * 0.5)
-        if process.poll() is None:
-            os.killpg(process.pid, number)                  # as a terminal does: workers too
+        os.killpg(process.pid, number)                      # as a terminal does: workers too
         status, errors = finish(process)
-        if status == code and "python train.py --resume" in errors:
-            status, errors = finish(start(["--resume", str(run)]))
+        held = status == code and "python train.py --resume" in errors
+        again, more = finish(start(["--resume", str(run)]))
         tally("Ctrl-C or SIGTERM: exit 130 or 143, resumed to the same end",
-              status == 0 and same_end(place / "whole", run), errors)
+              held and again == 0 and same_end(place / "whole", run), f"{status} {errors} {more}")
     process = start(command(data, place / "twice", "--val-images", "4000", iterations=10**6))
     wait_until((place / "twice" / "last.pt").exists, process)
     process.send_signal(signal.SIGINT)
@@ -316,13 +319,24 @@ def strangers(place, rng, tally):
                                                      "--workers", "0", "--out", str(place / "e")])
             tally("a checkpoint with one entry replaced by nonsense, evaluated",
                   status == 0 or one_sentence(status, errors), f"{key}={value}: {status} {errors}")
-    for key in good["kwargs"]:
-        for value in wrong:
-            torch.save(good | {"kwargs": good["kwargs"] | {key: value}}, path)
-            status, errors = quietly(evaluate.main, ["--ckpt", str(path), "--data", str(data),
-                                                     "--workers", "0", "--out", str(place / "e")])
-            tally("a checkpoint with one entry replaced by nonsense, evaluated",
-                  status == 0 or one_sentence(status, errors), f"{key}={value}: {status} {errors}")
+    hourglass = ["--stacks", "2", "--features", "16", "--stem-stride", "4", "--width", "1"]
+    assert quietly(train.main, command(data, place / "hourglass", "--model", "hourglass",
+                                       *hourglass, iterations=2))[0] == 0
+    other = torch.load(place / "hourglass" / "last.pt", weights_only=True)
+    lies = [checkpoint | {"kwargs": checkpoint["kwargs"] | {key: value}}
+            for checkpoint in (good, other) for key in checkpoint["kwargs"] for value in wrong]
+    lies += [good | {"settings": good["settings"] | {key: value}} for key in ("data", "size")
+             for value in wrong]
+    first = next(iter(good["weights"]))
+    lies += [good | {"weights": good["weights"] | {first: value}} for value in (
+        *wrong, good["weights"][first].to_sparse(), good["weights"][first].double())]
+    for number, lie in enumerate(lies):
+        torch.save(lie, path)
+        given = ["--data", str(data)] if number % 2 else []
+        status, errors = quietly(evaluate.main, ["--ckpt", str(path), *given, "--workers", "0",
+                                                 "--out", str(place / "e")])
+        tally("a checkpoint with one entry replaced by nonsense, evaluated",
+              status == 0 or one_sentence(status, errors), f"lie {number}: {status} {errors}")
 
 
 def descriptions(place, rng, tally):
