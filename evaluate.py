@@ -12,10 +12,12 @@ A class that does not occur is skipped, not scored.
 The first half is what train.py shares: prepared folders, batches, devices, checkpoints.
 """
 import argparse
+import atexit
 import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -230,6 +232,14 @@ class Batches(Dataset):
             return problem
 
 
+@functools.cache
+def end_workers_at_exit():
+    """multiprocessing waits at the end for workers of a loop that was left by an exception, after a
+    SIGTERM that they do not see (below): end them before that. Registered once."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()
+                             if child.daemon])
+
+
 def stream(batches, start, stop, workers, device):
     """Batches start .. stop - 1 in order, tensors on `device`.
 
@@ -239,6 +249,7 @@ def stream(batches, start, stop, workers, device):
                         pin_memory=device.type == "cuda")
     # Ctrl-C and a scheduler's SIGTERM reach workers too, but it is this process that ends them:
     # they inherit that both are blocked. What arrives here meanwhile is delivered afterwards.
+    end_workers_at_exit()
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         loaded = iter(loader)

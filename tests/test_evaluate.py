@@ -176,7 +176,9 @@ def test_direct_weighting_predicts_from_weighted_logits():
 
 def test_split_loads_what_is_stored(data):
     classes = evaluate.read_classes(data)
-    split = evaluate.Split(data, "val", classes)
+    plain = evaluate.Split(data, "val", classes).load([0])
+    assert "joints" not in plain                            # evaluation needs none
+    split = evaluate.Split(data, "val", classes, joints=True)
     batch = split.load([1, 0])
     frame = batch["frames"][0]
     stored = np.array(Image.open(data / "val" / "images" / f"{frame}.jpg"))
@@ -185,7 +187,7 @@ def test_split_loads_what_is_stored(data):
     expected = (stored / 255 - classes["mean"]) / classes["std"]
     normalised = evaluate.normalise(batch["images"], classes)[0].permute(1, 2, 0)
     assert np.allclose(normalised, expected, atol=1e-5)
-    small = evaluate.Split(data, "val", classes, size=32, labels_at_size=True).load([1])
+    small = evaluate.Split(data, "val", classes, 32, labels_at_size=True, joints=True).load([1])
     assert small["images"].shape == (1, 3, 32, 32) and small["labels"].shape == (1, 32, 32)
     assert np.allclose(small["joints"][0], (batch["joints"][0] + 0.5) / 2 - 0.5, equal_nan=True)
     assert evaluate.Split(data, "val", classes, size=32).load([1])["labels"].shape == (1, 64, 64)
