@@ -506,7 +506,8 @@ def draw_curves(path, runs, title):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8 + 2.5 * (len(runs) > 3), 7),
+                                         sharex=True, layout="constrained")
     for index, (name, rows) in enumerate(runs.items()):
         for part, word, style in (("val", "validation", "-"), ("train", "train", ":")):
             for axes, kind, factor in ((top, "miou", 100), (bottom, "loss", 1)):
@@ -519,7 +520,8 @@ def draw_curves(path, runs, title):
     bottom.set(ylabel="loss", xlabel="step", ylim=(0, None))
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    top.legend(fontsize=8)
+    beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(runs) > 3 else {}
+    top.legend(fontsize=8, **beside)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
 
