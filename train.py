@@ -825,7 +825,7 @@ def train(args, folder, resume=False):
         if checkpoint["classes"] != classes:
             say(f"Note: {args.data} is not what it was when {last} was written.")
         say(f"Continuing {folder} at step {step}.")
-    elif resume and (folder / "best.pt").exists():
+    elif resume and len(read_log(folder / "log.csv")) > 1:   # one row: a kill came in between
         raise Problem(f"{last} is missing: copy {folder / 'best.pt'} there to go on from the best "
                       "one, or start a new run with another --out")
     signals = Signals()                                     # from here on a signal saves first
