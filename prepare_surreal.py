@@ -1706,6 +1706,7 @@ def matlab_file(fields):
 def make_clip(raw, path, device, *settings):
     """Renders RAW/path.mp4, _segm.mat and, last, _info.mat: where that is, the clip is whole. A
     worker's job, on one thread, so that the files depend on none."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.device(device):
@@ -1715,6 +1716,8 @@ def make_clip(raw, path, device, *settings):
             raise
         raise Problem(f"--device {device} cannot render ({wording(error)}): try --device cpu, or "
                       "fewer --workers if its memory is short") from error
+    finally:
+        torch.set_num_threads(threads)              # --workers 0 works in the caller's process
     video = io.BytesIO()
     with av.open(video, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30, options=dict(crf="16", preset="veryfast"))

@@ -1,4 +1,5 @@
-"""prepare_surreal.py on raw clips in SURREAL's layout, written by code that shares nothing with it."""
+"""prepare_surreal.py on raw clips in SURREAL's layout, written by code that shares nothing with
+it, and the stand-in."""
 import csv
 import io
 import json
@@ -36,7 +37,7 @@ def place(t):
 
 
 def mask(t):
-    """(240, 320): a figure of 60 x 100 pixels of label 1 + t % 15, with a head and strips of 17 to 24."""
+    """(240, 320): a figure, 60 x 100, of label 1 + t % 15, with a head and strips of 17 to 24."""
     labels = np.zeros((240, 320), np.uint8)
     x, y = place(t)
     labels[y:y + 100, x:x + 60] = 1 + t % 15
@@ -173,7 +174,8 @@ def test_exactly_the_good_frames_come_out(prepared):
         return [f"{clip}_{t:03d}" for t in range(1, T + 1)]
 
     assert frames(out, "train") == sorted(
-        names("01_01_c0001", 12) + names("01_01_c0002", 7) + names("ung_90_10_c0001", 1) + names(ODD, 3)
+        names("01_01_c0001", 12) + names("01_01_c0002", 7)
+        + names("ung_90_10_c0001", 1) + names(ODD, 3)
         + ["60_01_c0001_001", "60_01_c0001_009"])
     assert frames(out, "val") == names("02_01_c0001", 10) + names("02_01_c0002", 4)
     assert frames(out, "test") == names("03_01_c0001", 6)                   # the others are val's
@@ -241,7 +243,8 @@ def test_classes_json_describes_the_folder(prepared):
     labels = [np.asarray(Image.open(path)) for path in (out / "train" / "labels").iterdir()]
     pixels = np.bincount(np.concatenate(labels).ravel(), minlength=256)
     assert classes["pixels"] == pixels[:25].tolist()
-    images = np.stack([np.asarray(Image.open(path)) for path in (out / "train" / "images").iterdir()])
+    images = np.stack([np.asarray(Image.open(path))
+                       for path in (out / "train" / "images").iterdir()])
     images = images.reshape(-1, 3) / 255
     assert np.allclose(classes["mean"], images.mean(axis=0), atol=0.01)
     assert np.allclose(classes["std"], images.std(axis=0), atol=0.01)
@@ -342,7 +345,7 @@ def test_spread_takes_the_same_number_from_every_cluster_and_clip():
     assert gaps.min() >= 5 and gaps.max() <= 7  # 10 of the clip's 60
     one = prepare.pick(clip_of, poses, 250, "cluster", 3, np.random.default_rng(1))
     assert len(one) == 300 and set(kind[one]) == {1}
-    assert len(prepare.pick(clip_of, poses, 920, "cluster", 3, rng)) == 920  # no more there than asked for
+    assert len(prepare.pick(clip_of, poses, 920, "cluster", 3, rng)) == 920    # no more are there
 
 
 @pytest.mark.parametrize("sizes, wanted, expected", [
@@ -479,7 +482,7 @@ def test_nothing_usable_is_one_sentence(tmp_path, capsys):
 
 
 def test_garbled_files_cost_only_their_clip(tmp_path):
-    """Bits flipped, bytes cut out and put in, at random: no traceback, and the good clip comes out."""
+    """Bits flipped, bytes cut out and put in: no traceback, and the good clip comes out."""
     raw, rng = tmp_path / "cmu", np.random.default_rng(0)
     write_clip(raw, "train", "01_01_c0001", 4)
     for number in range(1, 61):
@@ -499,7 +502,8 @@ def test_garbled_files_cost_only_their_clip(tmp_path):
     status, _, errors = run("--raw", raw, "--out", tmp_path / "out", "--size", 32, "--workers", 2)
     assert status == 0, errors
     found = frames(tmp_path / "out", "train")
-    assert [name for name in found if name[:2] == "01"] == [f"01_01_c0001_{t:03d}" for t in range(1, 5)]
+    good = [f"01_01_c0001_{t:03d}" for t in range(1, 5)]
+    assert [name for name in found if name[:2] == "01"] == good
     for frame in found:
         image = np.asarray(Image.open(tmp_path / "out" / "train" / "images" / f"{frame}.jpg"))
         truth = colour("01_01_c0001" if frame[:2] == "01" else "70_01_c0000", int(frame[-3:]) - 1)
@@ -549,7 +553,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
 # -------------------------------------------- the stand-in
 
 def test_rendered_clips_hold_together_and_depend_on_the_seed_alone(tmp_path):
-    """Joints lie on their parts, sides are not swapped, every part occurs, workers change nothing."""
+    """Joints lie on their parts, sides are not swapped, every part occurs, workers do not matter."""
     first, second = tmp_path / "first", tmp_path / "second"
     prepare.synthesize(first, 6, 2, seed=3, workers=0)
     prepare.synthesize(second, 6, 2, seed=3, workers=2)
