@@ -384,9 +384,9 @@ def test_stray_head_pixels_are_refilled_by_hand():
                         .pppHH......
                         HpppHs......
                         .ppppp......""", symbols)
-    # (row, column): (4, 2) sees 8 chest. The block is one ring: (5, 4) sees 5 c and 1 p, (5, 5) c and
-    # background: c; (6, 4) c, p p and s; (6, 5) s and background: s; (7, 4) p. (4, 10) sees background
-    # alone; (7, 0) p, although it sees more background.
+    # (row, column): (4, 2) sees 8 chest. The block is one ring: (5, 4) sees 5 c and 1 p, (5, 5) c
+    # and background: c; (6, 4) c, p p and s; (6, 5) s and background: s; (7, 4) p. (4, 10) sees
+    # background alone; (7, 0) p, although it sees more background.
     after = picture("""..HHH.......
                        ..HHH.......
                        ...H........
@@ -553,7 +553,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
 # -------------------------------------------- the stand-in
 
 def test_rendered_clips_hold_together_and_depend_on_the_seed_alone(tmp_path):
-    """Joints lie on their parts, sides are not swapped, every part occurs, workers do not matter."""
+    """Joints lie on their parts, sides are not swapped, every part occurs, workers are alike."""
     first, second = tmp_path / "first", tmp_path / "second"
     prepare.synthesize(first, 6, 2, seed=3, workers=0)
     prepare.synthesize(second, 6, 2, seed=3, workers=2)

@@ -1,4 +1,4 @@
-"""The README's commands: each is understood, CI runs the very test command, links lead somewhere."""
+"""The README's commands: each is understood, CI runs the test command, links lead somewhere."""
 import re
 import shlex
 from pathlib import Path
