@@ -1257,7 +1257,9 @@ def dress(body, sex, rng):
     wobble = .008 * noise[:, 1]
 
     def parts(*joints):
-        return torch.isin(part, torch.tensor(joints))
+        chosen = torch.zeros(24, dtype=torch.bool)
+        chosen[list(joints)] = True
+        return chosen[part]                                 # ten times as fast as isin
 
     tone = SKIN[rng.integers(len(SKIN))] * rng.uniform(.9, 1.08) + rng.normal(0, .015, 3)
     colour = tensor(tone) * (1 + .06 * noise[:, :1])
@@ -1351,17 +1353,17 @@ def splat(points, normals, camera):
     """The z-buffer (480, 640) int64, at twice the resolution: depth (1/4096 m) and, in the low 20
     bits, the point's index; EMPTY where there is none. Every point covers 2 x 2 half-pixels."""
     x, y, depth = project(points, camera)
-    facing = (normals * (tensor(camera) - points)).sum(1)
-    index = (facing > -.15 * depth).nonzero()[:, 0]         # the skin's far side is never seen
-    x, y = (((v[index] + .5) * 2 - .5).floor().long() for v in (x, y))
-    packed = ((depth[index] * 4096).long() << 20) | index
+    x, y = (((v + .5) * 2 - .5).floor().long() for v in (x, y))
     height, width = 2 * HEIGHT, 2 * WIDTH
-    buffer = torch.full((height * width,), EMPTY, dtype=torch.int64)
-    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        inside = (x + dx >= 0) & (x + dx < width) & (y + dy >= 0) & (y + dy < height)
-        cell = (y + dy) * width + x + dx
-        buffer.scatter_reduce_(0, cell[inside], packed[inside], "amin")         # the nearest wins
-    return buffer.view(height, width)
+    facing = (normals * (tensor(camera) - points)).sum(1)
+    seen = (facing > -.15 * depth) & (x >= -1) & (x < width) & (y >= -1) & (y < height)
+    index = seen.nonzero()[:, 0]                            # the skin's far side never is
+    packed = ((depth[index] * 4096).long() << 20) | index
+    cell = (y[index] + 1) * (width + 2) + x[index] + 1      # with a margin of one half-pixel
+    buffer = torch.full(((height + 2) * (width + 2),), EMPTY, dtype=torch.int64)
+    for beside in (0, 1, width + 2, width + 3):
+        buffer.scatter_reduce_(0, cell + beside, packed, "amin")                # the nearest wins
+    return buffer.view(height + 2, width + 2)[1:-1, 1:-1]
 
 
 # ------ background: a room with things in it, a collage of dead leaves, or a folder's pictures
@@ -1424,7 +1426,7 @@ def leaves(rng, height, width, count, smallest, largest):
             angle = round(angle / (math.pi / 2)) * math.pi / 2          # people build upright
         x0, x1 = max(int(cx - radius), 0), min(int(cx + radius) + 2, width)
         y0, y1 = max(int(cy - radius), 0), min(int(cy + radius) + 2, height)
-        y, x = np.ogrid[y0:y1, x0:x1]
+        y, x = np.arange(y0, y1)[:, None], np.arange(x0, x1)
         u = ((x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)) / radius
         v = ((y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)) / radius / stretch
         mask = u * u + v * v < 1 if kind > .6 else np.maximum(np.abs(u), np.abs(v)) < .7
@@ -1433,12 +1435,12 @@ def leaves(rng, height, width, count, smallest, largest):
             colour = SKIN[rng.integers(len(SKIN))]
         grain = grains[rng.integers(3)]
         oy, ox = rng.integers(0, TILE, 2)
-        grain = grain[(y + oy) % TILE, (x + ox) % TILE]
+        u, v, grain = u[mask], v[mask], grain[(y + oy) % TILE, (x + ox) % TILE][mask]
         shade = 1 + rng.uniform(-.35, .35) * u + rng.uniform(-.2, .2) * v
         shade = shade + rng.uniform(0, .2) * grain
         if kind > .85:
             shade = shade * (1.1 - .6 * (u * u + v * v))                # round, like limbs are
-        image[y0:y1, x0:x1][mask] = np.clip(colour * shade[..., None], 0, 1)[mask]
+        image[y0:y1, x0:x1][mask] = np.clip(colour * shade[:, None], 0, 1)
     return image
 
 
@@ -1509,7 +1511,9 @@ def trace(things, eye, view, focal, rays):
             distance = np.where(root > 0, -bb - np.sqrt(np.maximum(root, 0)), np.inf) / aa
         else:
             middle, reach = -o / d, 1 / np.abs(d)
-            leave, enter = (middle + reach).min(-1), (middle - reach).max(-1)
+            leave, enter = middle + reach, middle - reach   # .min(-1) of three is slow
+            leave = np.minimum(np.minimum(leave[..., 0], leave[..., 1]), leave[..., 2])
+            enter = np.maximum(np.maximum(enter[..., 0], enter[..., 1]), enter[..., 2])
             distance = np.where(enter < leave, enter, np.inf) if i else leave
         closer = distance < nearest[box]
         nearest[box][closer], which[box][closer] = distance[closer], i
@@ -1520,8 +1524,10 @@ def pyramid(image):
     """A tile and its halved sizes, blown up again, five (TILE, TILE, 3): far ones do not alias."""
     levels = [image]
     for shrink in (2, 4, 8, 16):
-        cells = image.reshape(TILE // shrink, shrink, TILE // shrink, shrink, 3)
-        levels.append(cells.mean((1, 3)).repeat(shrink, 0).repeat(shrink, 1))
+        few = TILE // shrink
+        cells = image.reshape(few, shrink, few, shrink, 3).transpose(1, 3, 0, 2, 4)
+        means = cells.reshape(shrink * shrink, -1).mean(0)  # along rows, which is fast
+        levels.append(means.reshape(few, few, 3).repeat(shrink, 0).repeat(shrink, 1))
     return levels
 
 
@@ -1549,13 +1555,14 @@ def room(rng, height, width):
     flat = (np.arange(3) == face[..., None]) * sign
     normal = np.where(ball[..., None] > 0, local / half ** 2, flat)
     normal = normal / np.linalg.norm(normal, axis=-1, keepdims=True)
-    normal = np.einsum("hwij,hwj->hwi", turn, normal)
+    normal = np.einsum("hwj,hwji->hwi", normal, turn.swapaxes(-1, -2))
 
     # Light falls off with the distance from the lamp, and into the room's corners.
     beam = (lamp - hit).astype(np.float32)
     far = np.linalg.norm(beam, axis=-1) + .3
     light = ambient + power * np.maximum((normal * beam).sum(-1), 0) / far / (1 + far * far)
-    gap = np.sort(half - np.abs(local), axis=-1)[..., 1]
+    a, b, c = np.moveaxis(half - np.abs(local), -1, 0)
+    gap = np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))     # the second smallest
     light = light * np.where(inside, 1 - .4 * np.exp(-4 * gap), 1)
 
     # A thing has one of the eight tiles; the room has 0 on its walls, 1 or 3 below and 2 above.
