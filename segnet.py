@@ -39,7 +39,7 @@ def unpool(x, indices):
 
     x: (B, C, H, W); indices: (B, C, H, W) int64 of max_pool2d. Returns (B, C, 2H, 2W), dtype of x.
     """
-    with torch.autocast(x.device.type, enabled=False):  # on the CPU it would go through float32
+    with torch.autocast("cpu", enabled=False):  # there it would go through float32, on GPUs not
         return F.max_unpool2d(x, indices, 2)
 
 

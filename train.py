@@ -335,8 +335,8 @@ def build_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where "
         "the device is fast at it: less than half the time, half the activations")
-    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile: minutes at "
-        "the start, faster steps after")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile, for "
+        "GPUs: minutes at the start, faster steps after; CPUs gained nothing by it")
     add("--checkpoint-activations", action="store_true", help="hourglass: recompute activations in "
         "the backward pass: a third of their memory at --stem-stride 1 for 1.3 of the time, with "
         "the same result; the paper's batch of 3 then fits a card of 8 GB, without it one of 16 GB")
@@ -974,7 +974,9 @@ def train(args, folder, resume=False):
         raise Trouble(f"{error.filename or folder} cannot be written or read "
                       f"({error.strerror or error}); the last good checkpoint stays as it is. When "
                       f"that is mended: python train.py --resume {folder}") from None
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except (Problem, Stopped):
+        raise
+    except Exception as error:
         if "more than 1 value per channel" in str(error):
             raise Problem(f"images of {training.size}x{training.size} shrink to a single value per "
                           f"channel, which batch normalisation cannot use: remove {folder}, and "
@@ -987,6 +989,10 @@ def train(args, folder, resume=False):
             way = (f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else
                    "a smaller --size, or --checkpoint-activations (hourglass)")
             raise Trouble(f"out of memory at --batch-size {args.batch_size}: try {way}") from None
+        if args.compile:                                    # which tells its bugs in many ways
+            raise Trouble(f"step {step} failed under --compile ({type(error).__name__}: "
+                          f"{(str(error) or '-').splitlines()[0]}); what was saved is intact: "
+                          f"python train.py --resume {folder} --no-compile") from error
         raise
     finally:
         bar.close()

@@ -1,6 +1,7 @@
 """train.py: weights and losses by hand, augmentation on small pictures, the order of frames, runs
 through the command line: every option changes something, wrong ones say so, a resumed run equals an
 undisturbed one."""
+import argparse
 import json
 import os
 import signal
@@ -205,6 +206,34 @@ def test_unswapped_mirror_caps_what_can_be_learned():
 
 # -------------------------------------------- runs
 
+@pytest.mark.parametrize("model, options", [
+    ("icnet", {}), ("segnet", {}), ("hourglass", dict(stem_stride=4, joints="centroids")),
+    ("hourglass", dict(coarse_to_fine=True, joints="surreal", checkpoint_activations=True))])
+@pytest.mark.parametrize("weighting", ["w1-outer", "w2-direct"])
+def test_a_step_looks_at_no_value_of_the_device(classes, model, options, weighting):
+    """Tensors on "meta" have no values: there, whatever would make a GPU wait for the host raises,
+    and so does a tensor that was left on the CPU."""
+    if model == "hourglass":
+        options = dict(stacks=2, features=8, joints_from=1, joints_modules=1) | options
+    criterion = train.Criterion(classes, weighting)
+    criterion.weights, criterion.pixels = criterion.weights.to("meta"), criterion.pixels.to("meta")
+    with torch.device("meta"):
+        network = evaluate.MODELS[model](width=0.25 if model != "hourglass" else 1, **options)
+        batch = dict(images=torch.zeros(4, 3, 64, 64, dtype=torch.uint8), joints=torch.zeros(
+            4, 24, 2), labels=torch.zeros(4, 64, 64, dtype=torch.uint8))
+    optimizer = train.build_optimizer(network, network.recipe, 1e-3, torch.device("meta"))
+    for augment in (["mirror", "scale"], ["naive-mirror"]):
+        args = argparse.Namespace(seed=0, batch_size=4, augment=augment,
+                                  joints=options.get("joints", "none"))
+        images, prepared = train.prepare_batch(batch, 0, args, classes)
+        total, main = network.loss(network(images), prepared, criterion)
+        total.backward()
+        optimizer.step()
+        assert images.is_meta and total.is_meta and main.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        total.item()                                        # so it would have been noticed
+
+
 def test_learning_rates():
     poly = {"schedule": "poly", "schedule_args": {"power": 0.9}}
     assert train.learning_rate(poly, 0.01, 50, 100) == pytest.approx(0.01 * 0.5 ** 0.9)
@@ -321,6 +350,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(data, tm
     assert "step 2" in said and "nan" in said and "_0" in said
     kept = evaluate.load_checkpoint(tmp_path / "run" / "last.pt")
     assert kept["step"] == 2 and all(value.isfinite().all() for value in kept["weights"].values())
+
+
+def test_a_bug_of_the_compiler_is_told_from_ours(data, tmp_path, monkeypatch, capsys):
+    def compile_badly(network):
+        network.forward = lambda images: undefined          # as inductor does: a NameError
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_badly)
+    assert train.main(command(data, tmp_path / "run", "--compile")) == 1
+    assert "NameError" in (said := capsys.readouterr().err) and "--no-compile" in said
+    assert train.main(["--resume", str(tmp_path / "run"), "--no-compile"]) == 0
 
 
 def test_init_from_takes_what_fits_and_refuses_what_does_not(data, plain, tmp_path, capsys):
