@@ -354,7 +354,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(data, tm
 
 def test_a_bug_of_the_compiler_is_told_from_ours(data, tmp_path, monkeypatch, capsys):
     def compile_badly(network):
-        network.forward = lambda images: undefined          # as inductor does: a NameError
+        def forward(images):
+            raise NameError("name 'buf55' is not defined")  # as one of inductor's
+        network.forward = forward
     monkeypatch.setattr(torch.nn.Module, "compile", compile_badly)
     assert train.main(command(data, tmp_path / "run", "--compile")) == 1
     assert "NameError" in (said := capsys.readouterr().err) and "--no-compile" in said
