@@ -309,6 +309,15 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def lacks_memory(error):
+    """Whether an exception says in one of torch's ways that the device's or the host's memory is
+    full."""
+    said = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        all(word in said for word in words)                 # CUDA, cuBLAS and cuDNN, the CPU
+        for words in (["out of memory"], ["alloc_failed"], ["alloc", "memory"]))
+
+
 def find_checkpoint(root="runs"):
     """The newest best.pt under `root`, else the newest last.pt. Raises Problem for none."""
     for name in ("best.pt", "last.pt"):
@@ -935,7 +944,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:        # allocators raise RuntimeError
         if "DataLoader worker" in str(error):
             message = "a data worker died, maybe of little memory: try fewer --workers"
-        elif isinstance(error, MemoryError) or "memory" in str(error):
+        elif lacks_memory(error):
             message = f"out of memory: try --batch-size {max(1, options.batch_size // 2)}"
         else:
             raise

@@ -15,6 +15,7 @@ stopped, on any number of processes.
     python train.py --model icnet --study                         the paper's Section 3, one network
     torchrun --nproc_per_node=8 train.py --model segnet           the same on several devices
 """
+import atexit
 import contextlib
 import csv
 import functools
@@ -610,7 +611,8 @@ def load_run(path):
 # -------------------------------------------- the loop
 
 class Signals:
-    """SIGINT and SIGTERM ask the loop to stop after the step; a second one stops at once."""
+    """SIGINT and SIGTERM ask the loop to stop after the step; a second one stops at once, but not
+    under torchrun, which passes signals on that a scheduler may have sent to every process."""
 
     def __init__(self):
         self.received = 0
@@ -619,7 +621,8 @@ class Signals:
 
     def receive(self, number, frame):
         self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        if not dist.is_initialized():
+            signal.signal(number, signal.SIG_DFL)
 
     def restore(self):
         for number, handler in self.before.items():
@@ -637,10 +640,15 @@ def learning_rate(recipe, lr, step, steps):
 
 
 def build_optimizer(network, recipe, lr, device):
-    """The recipe's optimiser; weight decay acts on convolution kernels only."""
-    groups = [dict(params=[p for p in network.parameters() if (p.ndim == 4) == kernels],
-                   weight_decay=recipe.get("weight_decay", 0) if kernels else 0)
-              for kernels in (True, False)]
+    """The recipe's optimiser; weight decay acts on convolution kernels only. Batch normalisation is
+    a group of its own: fused SGD wants either all or none of a group to have been frozen so far."""
+    kernels, norms, biases = [], [], []
+    for module in network.modules():
+        for p in module.parameters(recurse=False):
+            kind = norms if isinstance(module, nn.modules.batchnorm._BatchNorm) else biases
+            (kernels if p.ndim == 4 else kind).append(p)
+    groups = [dict(params=kernels, weight_decay=recipe.get("weight_decay", 0)),
+              dict(params=norms, weight_decay=0), dict(params=biases, weight_decay=0)]
     arguments = dict(recipe.get("optimizer_args", {}), lr=lr)
     if device.type == "cuda" and recipe["optimizer"] in ("SGD", "Adam", "AdamW"):
         arguments["fused"] = True
@@ -728,24 +736,32 @@ def join_processes(args):
     """This process's (rank, number of processes, device); joins those torchrun started."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1 and ":" in args.device:
+        raise Problem(f"--device {args.device} under torchrun would be one device for all {world} "
+                      "processes: leave the number out, and each takes its own")
     several_gpus = world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
     device = evaluate.pick_device(f"cuda:{local}" if several_gpus else args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                       # events and barriers use this one
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        atexit.register(leave_alone)
     return rank, world, device
-
-
-def lacks_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "alloc" in str(error) and "memory" in str(error))   # the CPU's allocator
 
 
 def leave_processes():
     """Together: one that failed alone would wait here for the others, and torchrun for it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_alone():
+    """At the exit of a process that failed alone: NCCL's own end would wait for the others, which
+    wait for this one. Without it torchrun sees an exit and ends them."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def wait_for_all():
@@ -813,6 +829,8 @@ def train(args, folder, resume=False):
         checkpoint = load_run(last)
         try:
             network.load_state_dict(checkpoint["weights"])
+            for group in checkpoint["optimizer"]["param_groups"]:
+                group["fused"] = optimizer.defaults.get("fused")            # as this device has it
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{last} does not fit the settings in {folder / 'config.json'} "
@@ -847,6 +865,7 @@ def train(args, folder, resume=False):
         draw_supervision(folder, training, args, classes)
 
     if args.compile:
+        torch.compiler.reset()                              # a study's rows share its limits
         network.compile()                                   # in place: weights keep their names
     model = network
     if world > 1:
@@ -985,7 +1004,7 @@ def train(args, folder, resume=False):
             raise Trouble(f"a data worker died at step {step} (killed, or out of memory); what was "
                           f"saved is intact: python train.py --resume {folder}, with fewer "
                           "--workers if memory is short") from None
-        if lacks_memory(error):
+        if evaluate.lacks_memory(error):
             way = (f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else
                    "a smaller --size, or --checkpoint-activations (hourglass)")
             raise Trouble(f"out of memory at --batch-size {args.batch_size}: try {way}") from None
@@ -1282,7 +1301,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:            # of the loop, train() knows more
         if "DataLoader worker" in str(error):
             said = "a data worker died (killed, or out of memory): the same command goes on"
-        elif lacks_memory(error):
+        elif evaluate.lacks_memory(error):
             said = "out of memory: give a smaller network, --size or --batch-size"
         else:
             raise

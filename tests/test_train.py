@@ -281,6 +281,22 @@ def test_frozen_batch_normalisation_stays_as_it_was_drawn(data, tmp_path):
     assert all((weights[name.replace("running_var", "weight")] == 1).all() for name in norms)
 
 
+def test_frozen_batch_normalisation_thaws_under_the_fused_optimiser(data, tmp_path, monkeypatch):
+    build = train.build_optimizer                           # what a GPU gets, here on the CPU
+    monkeypatch.setattr(train, "build_optimizer",
+                        lambda *inputs: build(*inputs[:3], torch.device("cuda")))
+    for bn_after in ("1", "0"):
+        out = tmp_path / bn_after
+        assert train.main(command(data, out, "--bn-after", bn_after, model="icnet")) == 0
+    checkpoint = evaluate.load_checkpoint(tmp_path / "1" / "last.pt")
+    assert checkpoint["optimizer"]["param_groups"][0]["fused"]
+    assert not same(weights_of(tmp_path / "1"), weights_of(tmp_path / "0"))
+    monkeypatch.undo()                                      # and goes on where there is none
+    assert train.main(["--resume", str(tmp_path / "1"), "--iterations", "3"]) == 0
+    checkpoint = evaluate.load_checkpoint(tmp_path / "1" / "last.pt")
+    assert not checkpoint["optimizer"]["param_groups"][0]["fused"]
+
+
 def test_checkpointed_activations_compute_the_same(data, plain, tmp_path):
     assert train.main(command(data, tmp_path / "run", *SMALL_HOURGLASS, "--checkpoint-activations",
                               model="hourglass")) == 0
