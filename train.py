@@ -1008,6 +1008,10 @@ def train(args, folder, resume=False):
             way = (f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else
                    "a smaller --size, or --checkpoint-activations (hourglass)")
             raise Trouble(f"out of memory at --batch-size {args.batch_size}: try {way}") from None
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise Trouble(f"another process of this run ended at step {step} (what it said stands "
+                          "above or below); what was saved is intact: the same command with "
+                          f"--resume {folder}") from None
         if args.compile:                                    # which tells its bugs in many ways
             raise Trouble(f"step {step} failed under --compile ({type(error).__name__}: "
                           f"{(str(error) or '-').splitlines()[0]}); what was saved is intact: "

@@ -458,21 +458,36 @@ def test_truncated_checkpoint_is_named_and_the_best_one_offered(data, tmp_path, 
     assert "last.pt" in said and "best.pt" in said and "Traceback" not in said
 
 
+def on_two_processes(argv):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                "--master_port=29611"]
+    return subprocess.run([*torchrun, "train.py", *argv], cwd=REPOSITORY, capture_output=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"), text=True, timeout=120)
+
+
 def test_two_processes_train_like_one(data, tmp_path):
     """gloo, batch normalisation frozen: the losses of one process with the same whole batch."""
     more = ["--bn-after", "4", "--augment", "--weighting", "w1-outer"]
     assert train.main(command(data, tmp_path / "one", *more, iterations=4)) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                "--master_port=29611"]
-    done = subprocess.run([*torchrun, "train.py", *command(data, tmp_path / "two", *more,
-                                                           iterations=4)],
-                          cwd=REPOSITORY, env=dict(os.environ, OMP_NUM_THREADS="1"),
-                          capture_output=True, text=True, timeout=120)
+    done = on_two_processes(command(data, tmp_path / "two", *more, iterations=4))
     assert done.returncode == 0, done.stderr
     logs = [train.read_log(tmp_path / run / "log.csv", 99) for run in ("one", "two")]
     for one, two in zip(*logs):
         for name in ("train_loss", "val_loss", "val_miou", "val_accuracy"):
             assert one[name] == pytest.approx(two[name], rel=2e-3, abs=1e-4)
+
+
+def test_one_of_two_processes_fails_and_both_end_with_a_sentence(tmp_path):
+    data = write_prepared(tmp_path / "spoilt", frames=40, size=64)
+    seen = train.FrameOrder(40, batch_size=4, steps=9, seed=0, rank=1, world=2)[3][0]
+    picture = sorted((data / "train" / "images").iterdir())[seen]
+    picture.write_bytes(picture.read_bytes()[:300])
+    done = on_two_processes(command(data, tmp_path / "run", "--bn-after", "9", "--val-every", "9",
+                                    "--workers", "1", iterations=9))
+    ours = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode and len(ours) == 2 and "[rank0]" not in done.stderr
+    assert any(str(picture) in line for line in ours)
+    assert any("another process" in line and "--resume" in line for line in ours)
 
 
 def test_study_reports_the_tables_and_skips_what_is_finished(data, tmp_path, capsys):
