@@ -1,6 +1,6 @@
 """Measures what the README's section "Speed" says. Not collected by pytest: it asserts nothing.
 
-    python tests/benchmark.py                     everything, about half an hour on two cores
+    python tests/benchmark.py                     everything, six to ten minutes on two cores
     python tests/benchmark.py networks feeding    some of it; --help lists the parts
     python tests/benchmark.py networks --only icnet
 
