@@ -41,8 +41,8 @@ from hourglass import StackedHourglass
 from icnet import ICNet
 from segnet import SegNet
 
-# On Linux torch then asks for memory in pages of 2 MiB instead of 4 KiB. On a CPU every large tensor
-# is fresh memory, and getting it page by page cost a fifth of ICNet's time in evaluation.
+# On Linux torch then asks for memory in pages of 2 MiB, not 4 KiB. On a CPU every large tensor is
+# fresh memory, and getting it page by page cost a fifth of ICNet's time in evaluation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 IGNORE = 255                            # label of pixels that count nowhere
