@@ -830,7 +830,8 @@ def train(args, folder, resume=False):
         try:
             network.load_state_dict(checkpoint["weights"])
             for group in checkpoint["optimizer"]["param_groups"]:
-                group["fused"] = optimizer.defaults.get("fused")            # as this device has it
+                if "fused" in group:                        # as this device has it
+                    group["fused"] = optimizer.defaults["fused"]
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{last} does not fit the settings in {folder / 'config.json'} "
