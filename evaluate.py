@@ -1,38 +1,30 @@
-"""Measures trained networks, compares them, and segments anybody's pictures.
+"""Measures trained networks, compares them, and segments your own pictures.
 
-    python evaluate.py --ckpt                         the newest run: table, report, pictures
-    python evaluate.py --ckpt A/best.pt B/best.pt     several networks side by side
-    python evaluate.py --ckpt A/best.pt --images me.jpg holiday/
-
-Everything rests on one matrix per image, confusion[true, predicted], int64, counted at the size of
-the prepared labels without the pixels labelled 255 ("ignore"). Sums of them give the figures of
-the paper's tables (F1 in both of its readings), sums over resampled clips their 95 % intervals.
-A class that does not occur is skipped, not scored.
-
-The first half is what train.py shares: prepared folders, batches, devices, checkpoints.
+Everything rests on one matrix per image: confusion[true, predicted] counts the pixels of class
+`true` that the network took for `predicted`, at the size of the prepared labels, without the pixels
+labelled 255 ("ignore"). Sums of these matrices give every figure of the paper. Its main one is
+mIoU, the mean over classes of the intersection over union: the pixels that are of a class in truth
+and prediction, divided by those that are in either. A class that occurs in neither is skipped.
 """
 import argparse
-import atexit
-import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
-import tempfile
 import time
 import warnings
-import weakref
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils._python_dispatch import TorchDispatchMode
+from matplotlib import colormaps, figure, patches
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -41,402 +33,195 @@ from hourglass import StackedHourglass
 from icnet import ICNet
 from segnet import SegNet
 
-# On Linux torch then asks for memory in pages of 2 MiB, not 4 KiB. On a CPU every large tensor is
-# fresh memory, and getting it page by page cost a fifth of ICNet's time in evaluation.
+# Huge pages on Linux: a CPU takes fresh memory for every large tensor, a fifth of ICNet's time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-IGNORE = 255                            # label of pixels that count nowhere
 MODELS = {"icnet": ICNet, "segnet": SegNet, "hourglass": StackedHourglass}
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-FIGURES = dict(miou="mIoU", accuracy="accuracy", f1="F1, mean over classes",
-               body_f1="F1, body against background", body_precision="precision, body",
-               body_recall="recall, body", precision="precision, mean over classes",
-               recall="recall, mean over classes", class_accuracy="accuracy, mean over classes")
+IGNORE = 255        # label of pixels that count nowhere
+FIGURES = dict(     # of scores(); the paper calls two of them F1
+    miou="mIoU", accuracy="accuracy", f1="F1, mean over classes",
+    precision="precision, mean over classes", class_accuracy="accuracy, mean over classes",
+    body_f1="F1, body against background", body_precision="precision, body against background",
+    body_recall="recall, body against background")
 
 
 class Problem(Exception):
     """Something the user can mend: one sentence that names the value and the way out."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Help with defaults, no abbreviated options, errors of one line with exit status 2."""
+# ---- The prepared folder
 
-    def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         allow_abbrev=False, **settings)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
-def write_atomically(path, function):
-    """function(binary file) writes beside `path`, then a rename: the file is whole or absent."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+def read_classes(data, count=False):
+    """The content of DATA/classes.json and defaults for what is missing; `names` has to be there.
+    count: also pixels, mean and std, taken from the train split on first use and kept there.
+    Raises Problem for a folder that is missing, unfinished or has bad labels."""
+    path, images = Path(data) / "classes.json", Path(data) / "train" / "images"
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep colleagues out
-            function(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-# ------------------------------------------------------------------------------- prepared data
-
-def check_classes(classes):
-    """The content of a classes.json, checked: types, lengths, ranges. Raises Problem."""
-    def is_list(values, length, kinds, low, high):
-        return (isinstance(values, list) and len(values) == length
-                and all(type(value) in kinds and low <= value <= high for value in values))
-
-    def is_mirror(values, length):
-        return is_list(values, length, (int,), 0, length - 1) and all(
-            values[there] == here for here, there in enumerate(values))
-
-    def need(holds, sentence):
-        if not holds:
-            raise Problem(f"the description of the classes is wrong: {sentence}")
-
-    need(isinstance(classes, dict), "it is no dictionary")
-    names, groups, palette = map(classes.get, ("names", "groups", "palette"))
-    joints = classes.get("joint_mirror")
-    need(isinstance(names, list) and 2 <= len(names) < IGNORE and len(set(map(str, names))) == len(
-        names) and all(isinstance(name, str) and 0 < len(name) <= 60 for name in names),
-        f"`names` needs 2 to {IGNORE - 1} different strings of 1 to 60 characters")
-    K = len(names)
-    need(isinstance(palette, list) and len(palette) == K and all(
-        is_list(colour, 3, (int,), 0, 255) for colour in palette), f"`palette` needs {K} colours")
-    need(is_mirror(classes.get("mirror"), K), f"`mirror` needs {K} ids; twice it changes nothing")
-    need(joints is None or isinstance(joints, list) and is_mirror(joints, len(joints)),
-         "`joint_mirror` needs ids; twice it changes nothing")
-    need(isinstance(groups, dict) and all(isinstance(ids, list) and ids and is_list(
-        ids, len(ids), (int,), 0, K - 1) for ids in groups.values()),
-        f"`groups` needs lists of ids from 0 to {K - 1}")
-    need(is_list(classes.get("pixels"), K, (int,), 0, 2**62), f"`pixels` needs {K} counts")
-    need(is_list([classes.get("size")], 1, (int,), 8, 8192), "`size` must lie between 8 and 8192")
-    need(is_list(classes.get("mean"), 3, (int, float), 0, 1)
-         and is_list(classes.get("std"), 3, (int, float), 1e-6, 1),
-         "`mean` and `std` need three numbers between 0 and 1, `std` above 0")
-    need(isinstance(classes.get("source"), str), "`source` must say where frames came from")
+        stored = json.loads(path.read_bytes())
+        K = len(stored["names"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Problem(f"{data} is missing or unfinished: {path} is not usable. prepare_surreal.py "
+                      'makes one; your own needs {"names": ["background", ...]}') from error
+    palette = (255 * colormaps["nipy_spectral"](np.linspace(0, 0.95, K))[:, :3]).astype(int)
+    classes = dict(palette=palette.tolist(), mirror=list(range(K)), groups={}, joint_mirror=None,
+                   source=f"own data, {data}", settings={}) | stored
+    if "size" not in stored and pictures_in(images):
+        classes["size"] = open_picture(images / min(pictures_in(images).values())).width
+    if count and not {"pixels", "mean", "std"} <= set(stored):
+        classes |= count_pixels(Split(data, "train", classes))
+        Path(f"{path}.new").write_text(json.dumps(classes, indent=1))
+        os.replace(f"{path}.new", path)
     return classes
 
 
-def read_classes(data):
-    """The content of DATA/classes.json. Raises Problem: folder missing, unfinished or wrong."""
-    path = Path(data) / "classes.json"
-    if not path.parent.is_dir():
-        raise Problem(f"there is no folder {data}: prepare_surreal.py makes one, --data names one")
-    if not path.is_file():
-        raise Problem(f"{data} has no classes.json, so it is unfinished or no prepared folder: "
-                      "repeat the command of prepare_surreal.py, or name another with --data")
-    try:
-        return check_classes(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError, Problem) as error:
-        raise Problem(f"{path} cannot be used: {error}") from error
+def count_pixels(split):
+    """Label pixels of each class (K ints), mean and std of RGB in 0..1, over all frames."""
+    names, pixels, moments = split.classes["names"], 0, 0
+    for frame in tqdm(split.frames, desc="counting labels", unit=" frames", disable=None):
+        image, label = split.load_frame(frame)
+        values = image.reshape(-1, 3) / 255
+        moments = moments + np.stack([values.mean(0), (values ** 2).mean(0)]) / len(split.frames)
+        pixels = pixels + np.bincount(label.ravel(), minlength=IGNORE + 1)[:len(names)]
+    absent = ", ".join(name for name, count in zip(names, pixels) if count == 0)
+    if np.count_nonzero(pixels) < 2:
+        raise Problem(f"no label of {split.folder} has a pixel of {absent}; 255 means ignore, so a "
+                      "mask of 0 and 255 has to become one of 0 and 1")
+    if absent:
+        print(f"Note: no label of {split.folder} has a pixel of {absent}.")
+    std = np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-6))
+    return dict(pixels=pixels.tolist(), mean=moments[0].tolist(), std=std.tolist())
 
 
-def open_picture(path, size=None):
-    """A decoded PIL image, of (width, height) `size` if given. Raises Problem naming the file."""
+def pictures_in(folder):
+    """{frame: file name} of a folder's pictures, without the "._" files that macOS leaves."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return {Path(name).stem: name for name in names if not name.startswith("._")
+            and name.lower().endswith((".jpg", ".jpeg", ".png"))}
+
+
+def open_picture(path):
+    """A decoded PIL image, turned upright as its EXIF says. Raises Problem naming the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # 89 million pixels
-            image = Image.open(path)    # reads the header only
-        if size and image.size != size:
-            raise ValueError(f"{image.width} x {image.height} pixels, not {size[0]} x {size[1]}")
+        image = Image.open(path)
+        ImageOps.exif_transpose(image, in_place=True)
         image.load()
         return image
-    except Exception as error:          # Pillow lets through whatever a parser stumbled over
-        raise Problem(f"{path} cannot be used: {str(error) or type(error).__name__}") from error
+    except Exception as error:          # a garbled file makes Pillow stumble in any way
+        raise Problem(f"{path} is no readable picture ({error}): mend or remove it") from error
 
 
-class Split:
-    """The frames of one split of a prepared folder; no file is opened before it is needed.
+class Split(Dataset):
+    """The frames of one split of a prepared folder: split[[3, 5]] loads a batch of two.
 
     size: side to which images are resized (default: as prepared). Labels keep the prepared size,
     at which metrics are taken, unless `labels_at_size` (training) brings them to the images'.
-    joints: whether batches have the joints, where there are any.
-    Raises Problem for a missing or empty split and for an image without label.
+    Raises Problem for a split without images and for an image without label.
     """
 
-    def __init__(self, data, split, classes, size=None, labels_at_size=False, joints=False):
-        self.folder, self.num_classes = Path(data) / split, len(classes["names"])
-        self.prepared, self.size = classes["size"], size or classes["size"]
-        self.label_size = self.size if labels_at_size else self.prepared
-        images, labels = self.folder / "images", self.folder / "labels"
-        self.frames = sorted(path.stem for path in images.glob("*.jpg"))
+    def __init__(self, data, split, classes, size=None, labels_at_size=False):
+        self.folder, self.classes, self.prepared = Path(data) / split, classes, classes.get("size")
+        self.images = pictures_in(self.folder / "images")
+        self.labels = pictures_in(self.folder / "labels")
+        self.frames = sorted(self.images)
         if not self.frames:
-            raise Problem(f"{data} has no split {split!r}: there is no .jpg in {images}")
-        missing = set(self.frames) - {path.stem for path in labels.glob("*.png")}
-        if missing:
-            raise Problem(f"{images / min(missing)}.jpg has no label {labels / min(missing)}.png")
-        self.has_joints = joints and (self.folder / "joints.npz").is_file()
-        self.joints = None              # (frames, J, 2), read when first needed
+            raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
+        for frame in sorted(self.images.keys() - self.labels.keys()):
+            raise Problem(f"{self.folder}/images/{self.images[frame]} has no label "
+                          f"{self.folder}/labels/{frame}.png: add it, or remove the image")
+        self.size = size or self.prepared
+        self.label_size = self.size if labels_at_size else self.prepared
+        self.joints = None              # (frames, J, 2) float32, pixels of the prepared images
+        if (self.folder / "joints.npz").is_file():
+            stored = np.load(self.folder / "joints.npz")
+            rows = dict(zip(stored["frames"].tolist(), stored["joints"].astype(np.float32)))
+            unknown = np.full(stored["joints"].shape[1:], np.nan, np.float32)
+            self.joints = np.stack([rows.get(frame, unknown) for frame in self.frames])
 
-    def load(self, indices):
-        """A batch: images (B, 3, S, S) uint8, labels (B, L, L) uint8, frames and, where known,
-        joints (B, J, 2) float32 in pixels of the loaded images. Raises Problem naming the file."""
-        frames = [self.frames[index] for index in indices]
-        images, labels = zip(*map(self.load_frame, frames))
+    def __getitem__(self, indices):
+        """A batch: images (B, 3, S, S) uint8, labels (B, L, L) uint8 and, where known, joints
+        (B, J, 2) float32 in pixels of the loaded images. For a bad file it returns a Problem, which
+        would arrive as a traceback if it were raised in a worker process."""
+        try:
+            images, labels = zip(*(self.load_frame(self.frames[index]) for index in indices))
+        except Problem as problem:
+            return problem
         batch = dict(images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),  # channels last
-                     labels=torch.from_numpy(np.stack(labels)), frames=frames)
-        if self.has_joints:             # whole numbers are the centres of pixels
-            joints = (self.read_joints()[list(indices)] + 0.5) * self.size / self.prepared - 0.5
+                     labels=torch.from_numpy(np.stack(labels)))
+        if self.joints is not None:     # whole numbers are the centres of pixels
+            joints = (self.joints[list(indices)] + 0.5) * self.size / self.prepared - 0.5
             batch["joints"] = torch.from_numpy(joints.astype(np.float32))
         return batch
 
     def load_frame(self, frame):
-        path, prepared = self.folder / "labels" / f"{frame}.png", (self.prepared, self.prepared)
-        image = open_picture(self.folder / "images" / f"{frame}.jpg", prepared).convert("RGB")
-        label = open_picture(path, prepared)
-        if label.mode not in ("P", "L"):
-            raise Problem(f"{path} is no palette image but of mode {label.mode}")
+        """Image (S, S, 3) and label (L, L), uint8. Raises Problem naming the file."""
+        image_path = self.folder / "images" / self.images[frame]
+        path, K = self.folder / "labels" / self.labels[frame], len(self.classes["names"])
+        image, label = open_picture(image_path).convert("RGB"), open_picture(path)
+        if {image.size, label.size} != {(self.prepared,) * 2} or label.mode not in ("P", "L"):
+            raise Problem(f"{image_path} {image.size} and {path} {label.size} {label.mode} have to be "
+                          f"squares of {self.prepared} pixels, the label a grey or palette PNG of "
+                          'class ids: see "Your own" in the README')
         if self.size != self.prepared:
             image = image.resize((self.size, self.size), Image.BILINEAR)   # averages when shrinking
         label = np.asarray(label.resize((self.label_size, self.label_size), Image.NEAREST))
-        unknown = label[(label >= self.num_classes) & (label != IGNORE)]
+        unknown = label[(label >= K) & (label != IGNORE)]
         if unknown.size:
-            raise Problem(f"{path} has the label {unknown[0]}; 0 to {self.num_classes - 1} and "
-                          f"{IGNORE} (ignore) are possible")
+            raise Problem(f"{path} has the label {unknown[0]}; 0 to {K - 1} are classes, 255 ignore")
         return np.asarray(image), label
 
-    def read_joints(self):
-        if self.joints is None:
-            path = self.folder / "joints.npz"
-            try:
-                with np.load(path, allow_pickle=False) as stored:
-                    frames, joints = stored["frames"].tolist(), stored["joints"].astype(np.float32)
-                if joints.shape != (len(frames), joints.shape[1], 2):
-                    raise ValueError(f"joints of shape {joints.shape} for {len(frames)} frames")
-            except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-                raise Problem(f"{path} cannot be used: {error}") from error
-            row = {frame: index for index, frame in enumerate(frames)}
-            joints = np.concatenate([joints, np.full_like(joints[:1], np.nan)])
-            self.joints = joints[[row.get(frame, len(frames)) for frame in self.frames]]
-        return self.joints
+
+def ignore_signals(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach workers too, but the main process ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-class Batches(Dataset):
-    """Item i is split.load(chunks[i]). A Problem is returned, not raised: raised in a worker, it
-    would arrive as a traceback."""
-
-    def __init__(self, split, chunks):
-        self.split, self.chunks = split, chunks
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, item):
-        try:
-            return self.split.load(self.chunks[item])
-        except Problem as problem:
-            return problem
-
-
-@functools.cache
-def end_workers_at_exit():
-    """multiprocessing waits at the end for workers of a loop that was left by an exception, after a
-    SIGTERM that they do not see (below): end them before that. Registered once."""
-    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()
-                             if child.daemon])
-
-
-def stream(batches, start, stop, workers, device):
-    """Batches start .. stop - 1 in order, tensors on `device`.
-
-    Raises Problem for bad data, RuntimeError ("DataLoader worker ...") for a worker that died.
-    """
-    loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                        pin_memory=device.type == "cuda")
-    # Ctrl-C and a scheduler's SIGTERM reach workers too, but it is this process that ends them:
-    # they inherit that both are blocked. What arrives here meanwhile is delivered afterwards.
-    end_workers_at_exit()
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        loaded = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    for batch in loaded:
+def stream(split, chunks, workers, device):
+    """split[chunk] for every chunk of indices, in order, on `device`. Raises Problem: bad data."""
+    loader = DataLoader(split, batch_size=None, sampler=chunks, num_workers=workers,
+                        timeout=90 if workers else 0, pin_memory=device.type == "cuda",
+                        worker_init_fn=ignore_signals)
+    for batch in loader:
         if isinstance(batch, Problem):
             raise batch
-        yield {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-               for key, value in batch.items()}
-
-
-@functools.lru_cache
-def constant(values, device, dtype=torch.float32):
-    """A tensor of these numbers (a tuple), made once: copying to a GPU would wait for it."""
-    return torch.tensor(values, device=device, dtype=dtype)
+        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def normalise(images, classes):
     """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, channels last, in one pass."""
-    mean, std = (constant(tuple(classes[key]), images.device).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(classes[key]).to(images.device, non_blocking=True).view(1, 3, 1, 1)
                  for key in ("mean", "std"))
     return torch.addcmul(-mean / std, images, 1 / (255 * std)).contiguous(
         memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------- devices and checkpoints
+# ---- Predictions and metrics
 
-def pick_device(name="auto"):
-    """torch.device; "auto" is CUDA's where there is one. Raises Problem for one that is missing."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-        torch.zeros(1, device=device).cpu()                 # "meta" cannot
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Problem(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
-                      "auto and cpu always can") from error
+@dataclass
+class Predictor:
+    """A network on `device`, the classes it learned (for mean and std), "fp32" or "bf16", and
+    logit_weights (K floats): direct weighting trained softmax(x w), so w counts here as well."""
+    model: torch.nn.Module
+    classes: dict
+    device: torch.device
+    precision: str
+    logit_weights: list | None = None
 
-
-def pick_precision(device, name="auto"):
-    """"fp32" or "bf16"; "auto": bf16 where the hardware multiplies it, else it would be slower."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
-
-
-def autocast(device, precision):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def lacks_memory(error):
-    """Whether an exception says in one of torch's ways that the device's or the host's memory is
-    full."""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        all(word in said for word in words)                 # CUDA, cuBLAS and cuDNN, the CPU
-        for words in (["out of memory"], ["alloc_failed"], ["alloc", "memory"]))
-
-
-def find_checkpoint(root="runs"):
-    """The newest best.pt under `root`, else the newest last.pt. Raises Problem for none."""
-    for name in ("best.pt", "last.pt"):
-        found = [path for path in Path(root).rglob(name) if path.is_file()]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
-    raise Problem(f"there is no best.pt or last.pt under {root}: train a network first (python "
-                  "train.py --model segnet --quick) or name a checkpoint, --ckpt PATH")
-
-
-def load_plain(path):
-    """What torch.load makes of a file on the CPU without running code of it; raises whatever a
-    garbled pickle can raise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles of other makes
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_sums(path):
-    """Raises ValueError where a checkpoint's bytes differ from the checksums that torch.save stored
-    and torch.load does not compare."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():
-                raise ValueError("checksum")
-
-
-def load_checkpoint(path):
-    """A checkpoint's dictionary, checked, tensors on the CPU. weights_only: no code in it is run.
-
-    Raises Problem: missing, truncated, not a checkpoint of ours, a pickle that would run code.
-    """
-    if not Path(path).is_file():
-        raise Problem(f"there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):
-        raise Problem(f"{path} is truncated or no checkpoint: try best.pt or last.pt beside it")
-    try:
-        check_sums(path)
-        checkpoint = load_plain(path)
-    except Exception as error:          # a garbled pickle can raise anything
-        if "GLOBAL" in str(error):
-            raise Problem(f"{path} is refused: it holds more than plain values and tensors, and "
-                          "loading that could run code") from error
-        raise Problem(f"{path} is damaged: try best.pt or last.pt beside it") from error
-    kinds = dict(model=str, kwargs=dict, weights=dict, step=int, classes=dict, settings=dict)
-    wrong = [key for key, kind in kinds.items()
-             if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), kind))]
-    if wrong:
-        raise Problem(f"{path} is no checkpoint of train.py: no usable {', '.join(wrong)}")
-    size, weights = checkpoint["settings"].get("size"), checkpoint.get("logit_weights")
-    data, tensors = checkpoint["settings"].get("data"), checkpoint["weights"].values()
-    try:
-        K = len(check_classes(checkpoint["classes"])["names"])
-        if checkpoint["model"] not in MODELS:
-            raise Problem(f"its network {checkpoint['model']!r} is none of {', '.join(MODELS)}")
-        if not all(isinstance(value, (int, float, str)) for value in checkpoint["kwargs"].values()):
-            raise Problem("`kwargs` needs plain numbers and strings")
-        if checkpoint["kwargs"].get("num_classes", 25) != K:
-            raise Problem(f"its network has other classes than the {K} it describes")
-        if weights is not None and not (isinstance(weights, list) and len(weights) == K and all(
-                isinstance(weight, float) and math.isfinite(weight) for weight in weights)):
-            raise Problem(f"`logit_weights` needs {K} finite numbers")
-        if size is not None and not (isinstance(size, int) and 8 <= size <= 8192):
-            raise Problem("`size` in its settings must lie between 8 and 8192")
-        if data is not None and not isinstance(data, str):
-            raise Problem("`data` in its settings must name a folder")
-        if not all(torch.is_tensor(value) and value.layout == torch.strided for value in tensors):
-            raise Problem("`weights` needs dense tensors")
-    except Problem as problem:
-        raise Problem(f"{path} cannot be used: {problem}") from problem
-    return checkpoint
-
-
-def build_model(checkpoint):
-    """The checkpoint's network on the CPU, in eval(). Weights that only training uses may lack.
-
-    Built on the "meta" device first: what does not fit is found before memory is spent on it.
-    """
-    kind, kwargs = MODELS[checkpoint["model"]], checkpoint["kwargs"]
-    try:
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in kind(**kwargs).state_dict().items()
-                      if not name.startswith(kind.training_only)}
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise Problem(f"a {checkpoint['model']} cannot be built with {kwargs}: {error}") from error
-    weights = {name: tensor for name, tensor in checkpoint["weights"].items()
-               if not name.startswith(kind.training_only)}
-    for name in shapes | weights:
-        if getattr(weights.get(name), "shape", None) != shapes.get(name, ()):
-            raise Problem(f"the weights are not those of a {checkpoint['model']} with {kwargs}: "
-                          f"{name} is missing, unknown or of another shape")
-    model = kind(**kwargs)
-    model.load_state_dict(weights, strict=False)
-    return model.eval()
-
-
-# ------------------------------------------------------------------- predictions and metrics
-
-@torch.no_grad()
-def predict(model, images, size, logit_weights=None):
-    """images (B, 3, H, W) normalised -> prediction (B, *size) int64, logits (B, K, *size) float32.
-
-    logit_weights (K floats): the loss trained softmax(x w), so the prediction is argmax of x w,
-    x being the logits returned. .max(1), not .argmax(1), up to four times slower on the CPU.
-    """
-    logits = model(images).float()
-    if logits.shape[2:] != tuple(size):
-        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-    if logit_weights is None:
-        return logits.max(1).indices, logits
-    weights = constant(tuple(logit_weights), logits.device).view(1, -1, 1, 1)
-    return (logits * weights).max(1).indices, logits
+    @torch.no_grad()
+    def __call__(self, images, size):
+        """(B, 3, H, W) uint8 -> prediction (B, *size) int64, logits (B, K, *size) float32."""
+        images = normalise(images.to(self.device), self.classes)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images).float()
+        if logits.shape[2:] != tuple(size):
+            logits = F.interpolate(logits, size=tuple(size), mode="bilinear")
+        if self.logit_weights is not None:
+            logits = logits * torch.tensor(self.logit_weights, device=self.device).view(-1, 1, 1)
+        return logits.max(1).indices, logits    # argmax(1) is up to four times slower on the CPU
 
 
 def confusion_matrices(prediction, labels, K):
     """(B, H, W) int64 and uint8 -> (B, K, K) int64, [image, true, predicted], without label 255.
-
-    One bincount; ignored pixels fall into a row K of their own, which is cut off.
-    """
+    One bincount; ignored pixels fall into a row K of their own, which is cut off."""
     B = len(labels)
     cells = labels.clamp(max=K).to(torch.int64).view(B, -1)
     cells += (K + 1) * torch.arange(B, device=labels.device).view(B, 1)
@@ -444,513 +229,405 @@ def confusion_matrices(prediction, labels, K):
     return torch.bincount(cells.view(-1), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
 
 
-def evaluate_split(model, split, classes, device, precision, batch_size, workers,
-                   logit_weights=None):
-    """One confusion matrix per frame, (N, K, K) int64 on the CPU, in the order of split.frames.
-
-    model: on `device`, eval(). classes: the checkpoint's, whose mean and std its network knows.
-    Also returns, with logit_weights only, the (K, K) total of the authors' reading of direct
-    weighting, the argmax of the logits as they are; else None.
-    """
-    K, N = len(classes["names"]), len(split.frames)
-    chunks = [range(start, min(start + batch_size, N)) for start in range(0, N, batch_size)]
-    confusions, raw = [], []
-    with tqdm(total=N, unit="image", disable=None, leave=False) as bar:
-        for batch in stream(Batches(split, chunks), 0, len(chunks), workers, device):
-            labels, images = batch["labels"], normalise(batch["images"], classes)
-            with autocast(device, precision):
-                prediction, logits = predict(model, images, labels.shape[1:], logit_weights)
-            confusions.append(confusion_matrices(prediction, labels, K))
-            if logit_weights is not None:
-                raw.append(confusion_matrices(logits.max(1).indices, labels, K).sum(0))
+def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=None):
+    """Confusion matrices (N, K, K) int64 on the CPU, one a frame (all, or those of `indices`), and
+    the mean of criterion's loss over their pixels (NaN without one). predict: a Predictor."""
+    indices = range(len(split.frames)) if indices is None else indices
+    chunks = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
+    confusions, totals = [], []
+    with tqdm(total=len(indices), unit="image", disable=None, leave=False) as bar:
+        for batch in stream(split, chunks, workers, predict.device):
+            labels = batch["labels"]
+            prediction, logits = predict(batch["images"], labels.shape[1:])
+            confusions.append(confusion_matrices(prediction, labels, logits.shape[1]))
+            if criterion:
+                totals.append(torch.stack(criterion.totals(logits, labels)).double())
             bar.update(len(labels))
-    return torch.cat(confusions).cpu(), sum(raw).cpu() if raw else None
+    loss, count = sum(totals).tolist() if totals else (math.nan, 1)
+    return torch.cat(confusions).cpu(), loss / max(count, 1)
 
 
 def scores(confusion):
-    """(..., K, K) matrices -> dict of (...) arrays and, by class, (..., K) arrays; NaN: unknown.
+    """(..., K, K) matrices -> dict of FIGURES, (...) arrays, and of each class's iou, class_f1,
+    class_precision and recall, (..., K). NaN: unknown.
 
     IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) of a class count where it occurs in
     truth or prediction, precision where it was predicted, recall (its accuracy) where it is true.
     body_*: all classes but 0, the background, taken as one.
     """
-    def ratio(part, whole):
-        return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
-
-    def mean(values):
-        return ratio(np.nansum(values, -1), np.sum(~np.isnan(values), -1))
-
-    confusion = np.asarray(torch.as_tensor(confusion).cpu(), dtype=np.float64)
+    confusion = np.asarray(confusion, dtype=np.float64)
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    true, predicted = confusion.sum(-1), confusion.sum(-2)
-    body = confusion[..., 1:, 1:].sum((-2, -1))
-    body_true, body_predicted = true[..., 1:].sum(-1), predicted[..., 1:].sum(-1)
-    classes = dict(iou=ratio(right, true + predicted - right),
-                   f1=ratio(2 * right, true + predicted),
-                   precision=ratio(right, predicted), recall=ratio(right, true))
-    return dict(miou=mean(classes["iou"]), accuracy=ratio(right.sum(-1), true.sum(-1)),
-                f1=mean(classes["f1"]), body_f1=ratio(2 * body, body_true + body_predicted),
-                body_precision=ratio(body, body_predicted), body_recall=ratio(body, body_true),
-                precision=mean(classes["precision"]), recall=mean(classes["recall"]),
-                class_accuracy=mean(classes["recall"]), per_class=classes)
+    true, found, body = confusion.sum(-1), confusion.sum(-2), confusion[..., 1:, 1:].sum((-2, -1))
+    body_true, body_found = true[..., 1:].sum(-1), found[..., 1:].sum(-1)
+    with np.errstate(invalid="ignore"), warnings.catch_warnings(action="ignore"):
+        iou, f1 = right / (true + found - right), 2 * right / (true + found)    # 0 / 0 is NaN
+        precision, recall = right / found, right / true
+        return dict(iou=iou, class_f1=f1, class_precision=precision, recall=recall,
+                    miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1),
+                    precision=np.nanmean(precision, -1), class_accuracy=np.nanmean(recall, -1),
+                    accuracy=right.sum(-1) / true.sum(-1), body_precision=body / body_found,
+                    body_recall=body / body_true, body_f1=2 * body / (body_true + body_found))
 
 
-def plain(value):
-    """The same with lists for arrays, and None for NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    value = value.tolist() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def clip_of(frame):
+    """The clip of a frame: its name without _ddd; a name without that ending is its own clip."""
+    return re.sub(r"_\d{3}$", "", frame)
 
 
-def metrics(confusion, groups=None):
-    """`scores` of one (K, K) matrix as floats or None, and `columns`, the mean accuracy of each
-    group's classes: the 13 columns of the paper's Tables 2 and 5."""
-    result = plain(scores(confusion))
-    accuracy, result["columns"] = result["per_class"]["recall"], {}
-    for name, ids in (groups or {}).items():
-        known = [accuracy[index] for index in ids if accuracy[index] is not None]
-        result["columns"][name] = sum(known) / len(known) if known else None
-    return result
+def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
+    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s.
 
-
-def resampled(confusions, frames, draws, seed):
-    """`scores` of `draws` sums over clips drawn with replacement, or None below two clips. Clips (a
-    frame's name without _ddd), since the frames of one are much alike (bootstrap, Efron 1979)."""
-    clips = np.unique([frame.rpartition("_")[0] for frame in frames], return_inverse=True)[1]
-    C = clips.max(initial=0) + 1
-    per_clip = np.zeros((C, confusions[0].numel()))
-    np.add.at(per_clip, clips, confusions.reshape(len(clips), -1).numpy())
+    The bootstrap (Efron 1979) sums the matrices of clips drawn with replacement: as far as `draws`
+    such sums scatter, other clips would move a figure. Whole clips are drawn, since the frames of
+    one are much alike. confusions, other: (N, K, K) int64; frames: N names. NaN below two clips.
+    """
+    clips = np.unique([clip_of(frame) for frame in frames], return_inverse=True)[1]
+    C, drawn = clips.max(initial=0) + 1, []
     times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
-    return scores((times @ per_clip).reshape(-1, *confusions.shape[1:])) if C > 1 else None
+    for matrices in [confusions] if other is None else [confusions, other]:
+        per_clip = np.zeros((C, matrices[0].numel()))
+        np.add.at(per_clip, clips, matrices.reshape(len(clips), -1).numpy())
+        drawn.append(scores((times @ per_clip).reshape(-1, *matrices.shape[1:])))
+    values = [drawn[0][key] - (0 if other is None else drawn[1][key]) for key in FIGURES]
+    with warnings.catch_warnings(action="ignore"):          # of figures that are unknown
+        halves = np.subtract(*np.nanpercentile(values, (97.5, 2.5), axis=1)) / 2
+    return dict(zip(FIGURES, halves if C > 1 else np.full_like(halves, np.nan)))
 
 
-def half_width(values):
-    return float(np.subtract(*np.nanpercentile(values, (97.5, 2.5))) / 2)
-
-
-def bootstrap(confusions, frames, draws=1000, seed=0):
-    """Figure -> half width of its 95 % interval, over clips; empty for fewer than two clips."""
-    drawn = resampled(confusions, frames, draws, seed)
-    return {key: half_width(drawn[key]) for key in FIGURES} if drawn else {}
-
-
-def paired_difference(one, other, frames, draws=1000, seed=0):
-    """mIoU of `one` minus that of `other` on the same frames, and the half width of its 95 %
-    interval over clips (infinite for fewer than two): both networks meet the same drawn clips."""
+def paired_difference(one, other, frames):
+    """mIoU of `one` minus that of `other` on the same frames, and its half width of 95 %."""
     difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
-    drawn = [resampled(confusions, frames, draws, seed) for confusions in (one, other)]
-    if drawn[0] is None:
-        return difference, math.inf
-    return difference, half_width(drawn[0]["miou"] - drawn[1]["miou"])
+    return difference, bootstrap(one, frames, other)["miou"]
 
 
-def left_right(confusion, classes):
-    """How much of the error is a left part taken for its right twin or the other way round."""
-    confusion, names = np.asarray(confusion), classes["names"]
-    wrong, pairs = confusion.sum() - np.trace(confusion), []
-    for a, b in enumerate(classes["mirror"]):
-        swapped, both = confusion[a, b] + confusion[b, a], confusion[[a, b]].sum()
-        if a < b and swapped:
-            pairs.append(dict(pair=f"{names[a]}/{names[b]}", of_error=float(swapped / wrong),
-                              of_pair=float(swapped / both)))
-    pairs.sort(key=lambda pair: -pair["of_error"])
-    return dict(of_error=sum(pair["of_error"] for pair in pairs), pairs=pairs)
+def cost(predict, size, batch_size):
+    """The cells of a table on what evaluation costs at `size` (memory: on a GPU alone)."""
+    images, gpu = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8), torch.cuda
+    with FlopCounterMode(display=False) as flops:
+        predict(images[:1], (size, size))
+    runs, start = 0, time.perf_counter()
+    while runs < 2 or time.perf_counter() - start < 1:
+        predict(images, (size, size))[0].sum().item()       # .item() waits for a GPU
+        runs += 1
+    speed = runs * batch_size / (time.perf_counter() - start)
+    used = sum(value.numel() for name, value in predict.model.named_parameters()
+               if not name.startswith(getattr(predict.model, "training_only", ())))
+    memory = gpu.max_memory_allocated() >> 20 if predict.device.type == "cuda" else "-"
+    return {"image size": size, "parameters, million": f"{used / 1e6:.2f}",
+            "multiply-adds an image, billion": f"{flops.get_total_flops() / 2e9:.2f}",
+            "images/s": f"{speed:.1f}", "peak memory, MiB": memory}
 
 
-class TensorMemory(TorchDispatchMode):
-    """Measures the peak, in bytes, of all living tensors that the operations inside it made."""
+# ---- Tables and pictures
 
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
-            if storage is not None and storage._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-        return result
-
-    def release(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-
-
-def cost(model, size, batch_size, device, precision):
-    """What a network costs at `size`: parameters (those evaluation uses), multiply-adds an image,
-    images/s, and the peak memory, in bytes, of weights, images and activations at `batch_size`."""
-    used = [p for name, p in model.named_parameters() if not name.startswith(model.training_only)]
-    images = torch.zeros(batch_size, 3, size, size, device=device).to(
-        memory_format=torch.channels_last)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        model(images[:1])
-    with autocast(device, precision):
-        with TensorMemory() as memory:
-            predict(model, images, (size, size))
-        runs, start = 0, time.perf_counter()
-        while runs < 2 or time.perf_counter() - start < 1:
-            predict(model, images, (size, size))[0].sum().item()   # .item() waits for a GPU
-            runs += 1
-        seconds = time.perf_counter() - start
-    held = sum(tensor.nbytes for tensor in [*used, *model.buffers(), images])
-    return dict(parameters=sum(p.numel() for p in used), multiply_adds=flops.get_total_flops() // 2,
-                images_per_second=runs * batch_size / seconds, peak_memory=held + memory.peak)
-
-
-# ------------------------------------------------------------------------- reports and pictures
-
-def percent(value, half=None):
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + (f" +- {100 * half:.1f}" if half is not None else "")
+def percent(value, half=math.nan, digits=1):
+    """0.4512, 0.003 -> "45.1 +- 0.3"; "-" for what is unknown."""
+    interval = "" if math.isnan(half) else f" +- {100 * half:.{digits}f}"
+    return "-" if math.isnan(value) else f"{100 * value:.{digits}f}{interval}"
 
 
 def markdown(rows):
     """A Markdown table, padded so that it reads in a terminal too; the first row is its head."""
-    rows = [[str(cell).replace("|", "/") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows) + "\n"
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    lines = [[str(cell).ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def report_text(report, per_class=False):
-    """The report as Markdown: one column a network, intervals, left and right, comparisons."""
-    networks, names = report["networks"], report["classes"]
-    columns = [(n["name"], n["metrics"], n["interval"], n) for n in networks]
-    columns += [(f"{n['name']} (argmax of x)", n["raw"], {}, None) for n in networks if n["raw"]]
-    rows = [["%"] + [name for name, *_ in columns]]
-    for key, title in FIGURES.items():
-        rows.append([title] + [percent(m[key], half.get(key)) for _, m, half, _ in columns])
-    for group in columns[0][1]["columns"]:
-        rows.append([f"accuracy: {group}"] + [percent(m["columns"][group]) for _, m, *_ in columns])
-    rows.append(["", *("" for _ in columns)])
-    for key, title, unit in (
-            ("parameters", "parameters, million", 1e6), ("images_per_second", "images/s", 1),
-            ("multiply_adds", "multiply-adds an image, billion", 1e9),
-            ("peak_memory", "peak memory, MiB", 2**20)):
-        rows.append([title] + [f"{n['cost'][key] / unit:.2f}" if n else "" for *_, n in columns])
-    rows.append(["image size"] + [n["size"] if n else "" for *_, n in columns])
-    lines = [f"**{report['note']}**: split {report['split']} of {report['data']}, "
-             f"{report['images']} images from {report['clips']} clips; {report['device']}, "
-             f"{report['precision']}, {report['batch_size']} images at a time.\n", markdown(rows)]
-    if networks[0]["interval"]:
-        lines.append("+- is half the 95 % interval over other clips (bootstrap).")
-    if len(columns) > len(networks):
-        lines.append("argmax of x: the authors' reading of direct weighting, which trains on x w.")
-    for n in networks:
-        sides = n["left_right"]
-        pairs = [f"; {pair['pair']} {percent(pair['of_error'])} % (that is "
-                 f"{percent(pair['of_pair'])} % of the pair)" for pair in sides["pairs"][:3]]
-        lines.append(f"{n['name']}: {percent(sides['of_error'])} % of the wrong pixels confuse "
-                     f"left and right{''.join(pairs)}.")
-    for pair in report["comparisons"]:
-        half, more = pair["half_width"], "more" if pair["significant"] else "no more"
-        verdict = "from one clip, which proves nothing" if half is None else (
-            f"+- {100 * half:.2f}, {more} than chance over the images")
-        lines.append(f"{pair['one']} against {pair['other']}: {100 * pair['difference']:+.2f} "
-                     f"points of mIoU {verdict}. Other training seeds are another matter.")
-    for n in networks if per_class else ():
-        table = [n["metrics"]["per_class"][key] for key in ("iou", "f1", "precision", "recall")]
-        lines += [f"\n{n['name']}, %\n", markdown(
-            [["class", "IoU", "F1", "precision", "accuracy"]]
-            + [[name, *map(percent, row)] for name, *row in zip(names, *table)])]
+def report_text(runs, per_class=True):
+    """Markdown: a column for each run of measure(), with intervals; sides confused; comparisons."""
+    classes, frames = runs[0]["classes"], runs[0]["split"].frames
+    names, mirror, groups = classes["names"], classes["mirror"], classes["groups"]
+    totals = [run["confusions"].sum(0).numpy() for run in runs]
+    figures = [scores(confusion) for confusion in totals]
+    halves = [bootstrap(run["confusions"], frames) for run in runs]
+    rows = [["%", *(run["name"] for run in runs)]]
+    rows += [[title, *(percent(f[key], half[key]) for f, half in zip(figures, halves))]
+             for key, title in FIGURES.items()
+             if names[0].lower() == "background" or not key.startswith("body")]
+    if mirror != sorted(mirror):
+        swapped = [sum(c[a, b] for a, b in enumerate(mirror) if a != b) for c in totals]
+        rows += [["left and right confused, of wrong pixels", *(
+            percent(s / max(c.sum() - c.trace(), 1)) for s, c in zip(swapped, totals))]]
+    rows += [[f"accuracy: {group}", *(percent(group_accuracies(f, groups)[group]) for f in figures)]
+             for group in groups]
+    rows += [[key, *(run["cost"][key] for run in runs)] for key in runs[0]["cost"]]
+    lines = [f"**{source_note(classes)}**: {len(frames)} images of {runs[0]['split'].folder}, "
+             f"{len(set(map(clip_of, frames)))} clips; {runs[0]['machine']}\n", markdown(rows),
+             "+-: half the 95 % interval over other clips. Another training seed is not in it."]
+    for one, other in itertools.combinations(runs, 2):
+        points = percent(*paired_difference(one["confusions"], other["confusions"], frames), 2)
+        lines += [f"{one['name']} against {other['name']}: {points} points of mIoU, same clips."]
+    for run, f in zip(runs, figures) if per_class else ():
+        values = zip(names, f["iou"], f["class_f1"], f["class_precision"], f["recall"])
+        head = [f"{run['name']}, %", "IoU", "F1", "precision", "accuracy"]
+        lines += ["\n" + markdown([head] + [[name, *map(percent, row)] for name, *row in values])]
     return "\n".join(lines)
 
 
-def palette_image(labels, palette):
-    """labels (H, W) uint8 -> a PIL palette image of 256 entries; 255, "ignore", is light grey."""
-    image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8))
-    entries = [value for colour in palette for value in colour]
-    image.putpalette(entries + [0] * (3 * IGNORE - len(entries)) + [224] * 3)
-    return image
-
-
-def with_legend(picture, classes, ids, note):
-    """`picture` with a line of text and the colours and names of `ids` below it."""
-    font, across = ImageFont.load_default(14), max(1, picture.width // 150)
-    height = 28 + 22 * math.ceil(len(ids) / across)
-    sheet = Image.new("RGB", (max(picture.width, 150), picture.height + height), "white")
-    sheet.paste(picture)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((6, picture.height + 5), note, "black", font)
-    for place, index in enumerate(ids):
-        x, y = 6 + 150 * (place % across), picture.height + 28 + 22 * (place // across)
-        draw.rectangle((x, y, x + 16, y + 15), tuple(classes["palette"][index]), "gray")
-        draw.text((x + 22, y - 1), classes["names"][index], "black", font)
-    return sheet
-
-
-def draw_examples(runs, classes, note, device, precision):
-    """Photos, ground truth and one row a network, for the best, median and worst images by their
-    own mIoU (mean over the networks)."""
-    own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
-    order, N = np.argsort(-own.mean(0), kind="stable"), own.shape[1]
-    titles = {rank: "median" for rank in (N // 2 - 1, N // 2)}          # rank: place in that order
-    titles |= {N - 2: "worst", N - 1: "worst", 1: "best", 0: "best"} if N > 3 else {0: "best"}
-    ranks = [rank for rank in sorted(titles) if rank >= 0]
-    frames, side, left, font = order[ranks], 224, 130, ImageFont.load_default(14)
-    rows = []
-    for run, values in zip(runs, own):
-        checkpoint, batch = run["checkpoint"], run["split"].load(frames)
-        with autocast(device, precision):
-            images = normalise(batch["images"].to(device), checkpoint["classes"])
-            prediction = predict(run["model"].to(device), images, batch["labels"].shape[1:],
-                                 checkpoint.get("logit_weights"))[0].cpu()
-        rows.append((run["name"] if len(runs) > 1 else "prediction",
-                     [palette_image(ids, classes["palette"]) for ids in prediction],
-                     [f"mIoU {percent(value)} %" for value in values[frames]]))
-    photos = [Image.fromarray(image) for image in batch["images"].permute(0, 2, 3, 1).numpy()]
-    truth = [palette_image(ids, classes["palette"]) for ids in batch["labels"]]
-    rows = [("photo", photos, [titles[rank] for rank in ranks]),
-            ("ground truth", truth, [frame[-28:] for frame in batch["frames"]])] + rows
-    sheet = Image.new("RGB", (left + (side + 6) * len(frames), (side + 26) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, tiles, texts) in enumerate(rows):
-        y = (side + 26) * row
-        draw.text((6, y + side // 2), name[:18], "black", font)
-        for x, (tile, text) in zip(range(left, sheet.width, side + 6), zip(tiles, texts)):
-            sheet.paste(tile.resize((side, side)).convert("RGB"), (x, y))   # labels: nearest
-            draw.text((x, y + side + 3), text, "black", font)
-    return with_legend(sheet, classes, range(len(classes["names"])), note)
-
-
-def draw_confusion(file, network, classes, note):
-    """The confusion matrix in percent of each true class, with the names, as a PNG into `file`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    confusion, names = np.array(network["confusion"], dtype=float), classes["names"]
-    share, ids = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1), range(len(names))
-    figure = Figure((3 + 0.36 * len(ids), 3 + 0.34 * len(ids)), dpi=110, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots()
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(ids, names, rotation=90)
-    axes.set_yticks(ids, names)
-    axes.set(xlabel="predicted", ylabel="true",
-             title=f"{network['name']}: % of the pixels of each true class\n{note}")
-    for row, column in np.argwhere(share >= 0.5):
-        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=7,
-                  color="white" if share[row, column] > 60 else "black")
-    figure.savefig(file, format="png")
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_report(folder, report, runs, classes, device, precision):
-    """report.json, report.md (with all classes), the example picture and, of one network, the
-    confusion matrix. Returns the paths."""
-    folder, single = Path(folder), len(runs) == 1
-    folder.mkdir(parents=True, exist_ok=True)
-    text = f"# {', '.join(run['name'] for run in runs)}\n\n{report_text(report, per_class=True)}\n"
-    write_json(folder / "report.json", report)
-    write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
-    picture = folder / ("examples.png" if single else "comparison.png")
-    examples = draw_examples(runs, classes, report["note"], device, precision)
-    write_atomically(picture, lambda file: examples.save(file, "PNG"))
-    if single:
-        write_atomically(folder / "confusion.png", lambda file: draw_confusion(
-            file, report["networks"][0], classes, report["note"]))
-    written = [folder / "report.md", folder / "report.json", picture]
-    return written + [folder / "confusion.png"] if single else written
-
-
-# --------------------------------------------------------------------------- anybody's pictures
-
-def upright_rgb(image):
-    """Any PIL image as the RGB image a viewer shows: turned by its EXIF, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):      # 16 bits of grey
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def segment_pictures(paths, checkpoint, model, device, precision, out):
-    """Writes <name>-overlay.png and <name>-labels.png of each picture into `out`. One that cannot
-    be read costs itself alone. Returns [{picture, overlay, labels, error}], str or None."""
-    files = [file for path in map(Path, paths) for file in (sorted(
-        f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path])]
-    if not files:
-        raise Problem(f"there is no picture in {', '.join(map(str, paths))}: "
-                      f"{', '.join(PICTURES)} are looked for")
-    classes, out = checkpoint["classes"], Path(out)
-    side = checkpoint["settings"].get("size") or classes["size"]
-    taken, results = {file.resolve() for file in files}, []
-    out.mkdir(parents=True, exist_ok=True)
-    for file in tqdm(files, unit="picture", disable=None, leave=False):
-        try:
-            image = upright_rgb(open_picture(file))
-        except Exception as error:      # of a garbled EXIF, for one, Pillow raises a SyntaxError
-            said = str(error) if isinstance(error, Problem) else f"{file} cannot be used: {error}"
-            results.append(dict(picture=str(file), overlay=None, labels=None, error=said))
-            continue
-        for count in itertools.count(1):                # two pictures of one name both keep theirs
-            name = file.stem if count == 1 else f"{file.stem}-{count}"
-            overlay, labels = (out / f"{name}-{kind}.png" for kind in ("overlay", "labels"))
-            if not {overlay.resolve(), labels.resolve()} & taken:
-                break
-        taken |= {overlay.resolve(), labels.resolve()}
-        longer = max(image.size)
-        small, shown = (image.resize([max(1, round(length * most / longer))
-                                      for length in image.size], Image.BILINEAR)
-                        for most in (side, min(1024, longer)))
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device)
-        with autocast(device, precision):               # the network pads itself
-            prediction = predict(model, normalise(pixels, classes), shown.size[::-1],
-                                 checkpoint.get("logit_weights"))[0][0].cpu()
-        coloured = palette_image(prediction, classes["palette"])
-        mask = Image.fromarray(np.where(prediction > 0, 160, 0).astype(np.uint8))
-        blended = with_legend(Image.composite(coloured.convert("RGB"), shown, mask), classes,
-                              prediction.unique().tolist(), f"trained on: {source_note(classes)}")
-        whole = coloured.resize(image.size, Image.NEAREST)
-        write_atomically(labels, lambda file: whole.save(file, "PNG"))
-        write_atomically(overlay, lambda file: blended.save(file, "PNG"))
-        results.append(dict(picture=str(file), overlay=str(overlay), labels=str(labels),
-                            error=None))
-    return results
+def group_accuracies(figures, groups):
+    """{column: mean accuracy of its classes}, the 13 columns of the paper's Tables 2 and 5."""
+    with warnings.catch_warnings(action="ignore"):          # the mean of nothing is NaN
+        return {name: float(np.nanmean(figures["recall"][ids])) for name, ids in groups.items()}
 
 
 def source_note(classes):
     """What stands on every table and picture: where the frames came from."""
-    return "stand-in, not SURREAL" if "stand-in" in classes["source"] else classes["source"][:80]
+    return "stand-in, not SURREAL" if "stand-in" in classes["source"] else classes["source"]
 
 
-# ----------------------------------------------------------------------------------------- main
+def colours(labels, palette):
+    """labels (..., H, W) integers -> (..., H, W, 3) uint8; 255, "ignore", is light grey."""
+    table = np.full((IGNORE + 1, 3), 224, np.uint8)
+    table[:len(palette)] = palette
+    return table[labels]
 
-def measure(path, data, name, options, device, precision):
-    """One checkpoint on one split: its part of the report, and what the pictures and comparisons
-    need, dict(name, checkpoint, model, split, classes, confusions)."""
-    checkpoint, classes = load_checkpoint(path), read_classes(data)
-    trained = checkpoint["classes"]
+
+def draw_grid(path, rows, classes, ids):
+    """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
+    across, (height, width) = len(rows[0][1]), rows[0][1][0].shape[:2]
+    sheet = figure.Figure((2.3 * across + 1, 2.3 * len(rows) * height / width + 1.3), dpi=110,
+                          layout="constrained")
+    grid = sheet.subplots(len(rows), across, squeeze=False)
+    for line, (name, pictures, titles) in zip(grid, rows):
+        line[0].set_ylabel(name)
+        for axes, picture, title in zip(line, pictures, titles):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[], title=title)
+    sheet.legend([patches.Patch(color=np.array(classes["palette"][i]) / 255) for i in ids],
+                 [classes["names"][i] for i in ids], title=source_note(classes), fontsize=9,
+                 loc="outside lower center", frameon=False, ncols=int(1.6 * across))
+    sheet.savefig(path)
+
+
+def draw_examples(path, runs):
+    """Photos, ground truth and one row a network, for the two best, median and worst images by
+    their own mIoU (mean over the networks)."""
+    own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
+    order, N = np.argsort(-own.mean(0), kind="stable"), own.shape[1]
+    frames = order[sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))]
+    batch, classes, blank = runs[0]["split"][frames], runs[0]["classes"], [""] * len(frames)
+    rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), blank),
+            ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), blank)]
+    for run, values in zip(runs, own):
+        prediction, _ = run["predict"](run["split"][frames]["images"], batch["labels"].shape[1:])
+        rows += [(run["name"], colours(prediction.cpu().numpy(), classes["palette"]),
+                  [f"mIoU {percent(value)} %" for value in values[frames]])]
+    draw_grid(path, rows, classes, range(len(classes["names"])))
+
+
+def draw_confusion(path, run):
+    """The confusion matrix in percent of each true class, with the names."""
+    confusion, names = run["confusions"].sum(0).numpy(), run["classes"]["names"]
+    share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    sheet = figure.Figure((3 + 0.36 * len(names),) * 2, layout="constrained")
+    axes = sheet.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=150)      # so that no number lies on dark blue
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true",
+             title=f"% of the pixels of each true class ({source_note(run['classes'])})")
+    for row, column in np.argwhere(share >= 0.5):
+        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=7)
+    sheet.savefig(path)
+
+
+def segment(file, predict, size, out):
+    """Writes <name>-overlay.png and <name>-labels.png of a picture of any size into `out`."""
+    image, palette = open_picture(file).convert("RGB"), predict.classes["palette"]
+    factor = size / max(image.size)     # as large as the network saw people in training
+    small = image.resize([max(1, round(side * factor)) for side in image.size], Image.BILINEAR)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+    prediction = predict(pixels, image.size[::-1])[0][0].cpu().numpy()
+    photo, coloured = np.asarray(image), colours(prediction, palette)
+    blended = np.where(prediction[..., None] > 0, photo // 3 + coloured // 3 * 2, photo)
+    draw_grid(out / f"{file.name}-overlay.png", [("", [photo, blended], ["", ""])],
+              predict.classes, np.unique(prediction))
+    labels = Image.fromarray(prediction.astype(np.uint8))
+    labels.putpalette(colours(np.arange(IGNORE + 1), palette).tobytes())
+    labels.save(out / f"{file.name}-labels.png")
+
+
+# ---- Devices, checkpoints, errors
+
+def pick_device(name="auto", precision="auto"):
+    """(torch.device, "fp32" or "bf16"). auto: CUDA where there is one, and bf16 where the hardware
+    multiplies it; elsewhere it would be slower. Raises Problem for a device that is missing."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=auto if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    return device, precision if precision != "auto" else "bf16" if fast else "fp32"
+
+
+def find_checkpoint(path="runs", name="best.pt"):
+    """The file `path`, or the newest `name` in that folder. Raises Problem for none."""
+    found = [Path(path)] if Path(path).is_file() else list(Path(path).rglob(name))
+    if not found:
+        raise Problem(f"there is no checkpoint {path}: train a network first (python train.py "
+                      "--model icnet --quick), or name another")
+    return max(found, key=lambda file: file.stat().st_mtime)
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py and its network in eval(), on the CPU. weights_only: no code in the
+    file is run. Raises Problem for a file that is missing, damaged or something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        network = MODELS[checkpoint["model"]](**checkpoint["kwargs"])
+        network.load_state_dict(checkpoint["weights"])
+        return checkpoint, network.eval()
+    except Exception as error:          # a garbled file can raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise Problem(f"{path} is no usable checkpoint of train.py ({reason}): try best.pt or "
+                      "last.pt beside it") from error
+
+
+TROUBLE = {     # words of an exception, and what they mean to a user
+    "dataloader": "the processes that read images died or hang; they hand batches over through shared "
+                  "memory (/dev/shm), which may be too small here: try --workers 0",
+    "alloc": "out of memory: try a smaller --batch-size or --size",
+    "out of memory": "out of memory: try a smaller --batch-size or --size",
+    "gloo": "another process of this run ended; what it said stands above or below",
+    "distbackend": "another process of this run ended; what it said stands above or below",
+    "writing file": "a checkpoint cannot be written: is the disk full? The last one is whole",
+}
+
+
+def run_command(program, function):
+    """Ends the process with the status of function(); with 2 after one sentence on what a user can
+    mend or a machine runs out of; with 130 after Ctrl-C. A bug keeps its traceback."""
+    status, message = 2, None
+    try:
+        status = function()
+    except BrokenPipeError:             # of "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        status, message = 130, "stopped by Ctrl-C"
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".lower()
+        message = next((said for words, said in TROUBLE.items() if words in text), None)
+        if isinstance(error, (Problem, OSError)):
+            message = str(error)
+        if message is None:
+            raise
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()                # workers ignore gentler signals
+    if message:
+        print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ---- Command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the machine's options, errors of one line, and no abbreviations."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+                         **settings)
+        add = self.add_argument_group("machine").add_argument
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+            help="auto: bf16 where the hardware has it, in half the time and memory")
+        add("--workers", type=int, default=1, help="processes that read images; 0: none but this one")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def build_predictor(path, args):
+    """(checkpoint, Predictor) on args.device."""
+    device, precision = pick_device(args.device, args.precision)
+    checkpoint, model = load_checkpoint(path)
+    return checkpoint, Predictor(model.to(device, memory_format=torch.channels_last),
+                                 checkpoint["classes"], device, precision,
+                                 checkpoint["logit_weights"])
+
+
+def measure(path, args, split, data=None, raw=False):
+    """One checkpoint on one split: a dictionary of what reports and pictures need. raw: direct
+    weighting as its authors read it, the argmax of x from a network that trained on x w."""
+    checkpoint, predict = build_predictor(path, args)
+    data, size = data or checkpoint["settings"]["data"], checkpoint["settings"]["size"]
+    classes, trained = read_classes(data), predict.classes
     if classes["names"] != trained["names"]:
-        say = lambda names: f"{len(names)}: {', '.join(names[:3])}, ..."
-        raise Problem(f"the classes of {data} ({say(classes['names'])}) are not those of {path} "
-                      f"({say(trained['names'])}): name other data with --data")
-    size = checkpoint["settings"].get("size") or trained["size"]
-    split = Split(data, options.split, classes, size)
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    confusions, raw = evaluate_split(model, split, trained, device, precision, options.batch_size,
-                                     options.workers, checkpoint.get("logit_weights"))
-    total, groups = confusions.sum(0), classes["groups"]
-    report = dict(
-        name=name, checkpoint=str(path), model=checkpoint["model"], kwargs=checkpoint["kwargs"],
-        step=checkpoint["step"], size=size, metrics=metrics(total, groups),
-        raw=None if raw is None else metrics(raw, groups), left_right=left_right(total, classes),
-        interval=bootstrap(confusions, split.frames), confusion=total,
-        cost=cost(model, size, options.batch_size, device, precision))
-    return report, dict(name=name, checkpoint=checkpoint, model=model.cpu(), split=split,
-                        classes=classes, confusions=confusions)
+        raise Problem(f"{data} has other classes ({', '.join(classes['names'])[:40]}) than {path} "
+                      f"({', '.join(trained['names'])[:40]}): name other data with --data")
+    if raw:
+        predict.logit_weights = None
+    frames = Split(data, split, classes, size or trained["size"])
+    name = path.resolve().parent.name if path.name in ("best.pt", "last.pt") else path.stem
+    return dict(name=name + ", argmax of x" * raw, predict=predict, split=frames, classes=classes,
+                machine=f"{predict.device}, {predict.precision}, {args.batch_size} images at a time",
+                confusions=evaluate_split(predict, frames, args.batch_size, args.workers)[0],
+                cost=cost(predict, frames.size, args.batch_size))
 
 
-def evaluate(options, paths, device, precision):
-    """Measures, prints and writes everything about the checkpoints `paths`. Returns the report."""
-    trained_on = [load_checkpoint(path)["settings"].get("data") for path in paths]
-    if not options.data and (len(set(trained_on)) > 1 or not isinstance(trained_on[0], str)):
-        raise Problem(f"the checkpoints name {' and '.join(map(str, trained_on))} as their data: "
-                      "say with --data on which to measure")
-    data, names = options.data or trained_on[0], [path.resolve().parent.name for path in paths]
-    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    networks, runs = zip(*(measure(path, data, name, options, device, precision)
-                           for path, name in zip(paths, names)))
-    split, classes, comparisons = runs[0]["split"], runs[0]["classes"], []
-    for one, other in itertools.combinations(runs, 2):
-        difference, half = paired_difference(one["confusions"], other["confusions"], split.frames)
-        comparisons.append(dict(one=one["name"], other=other["name"], difference=difference,
-                                half_width=half, significant=abs(difference) > half))
-    cuda = device.type == "cuda"
-    report = plain(dict(
-        data=str(data), split=options.split, source=classes["source"], note=source_note(classes),
-        images=len(split.frames), clips=len({f.rpartition("_")[0] for f in split.frames}),
-        device=torch.cuda.get_device_name(device) if cuda else device.type, precision=precision,
-        batch_size=options.batch_size, classes=classes["names"], networks=networks,
-        comparisons=comparisons))
-    print(report_text(report, options.per_class))
-    beside = paths[0].parent / options.split if len(paths) == 1 else Path("runs/comparison")
-    written = write_report(options.out or beside, report, runs, classes, device, precision)
-    print("Written:", ", ".join(map(str, written)))
-    return report
-
-
-def parse(argv):
-    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("what").add_argument
-    add("--ckpt", nargs="*", type=Path, metavar="PATH", required=True,
-        help="checkpoints or run folders; several are compared; none: the newest run under runs/")
-    add("--images", nargs="+", metavar="PATH", help="segment these pictures or folders of pictures")
-    add("--data", help="prepared folder (none: the one the network was trained on)")
-    add("--split", choices=("train", "val", "test"), help="frames to measure on (none: test)")
-    add = parser.add_argument_group("what is written").add_argument
+def parse(argv=None):
+    parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--ckpt", nargs="*", default=["runs"], metavar="PATH", help="checkpoints or folders of runs, "
+        "of which the newest best.pt is taken; several are compared")
+    add("--images", nargs="+", type=Path, default=[], metavar="PATH", help="pictures or folders of "
+        "pictures to segment")
+    add("--data", default="", metavar="DIR", help="prepared folder, if not the one trained on")
+    add("--split", choices=("train", "val", "test"), default="test", help="frames to measure on")
     add("--per-class", action="store_true", help="print the figures of every class too")
-    add("--json", metavar="FILE", help="also write everything printed to FILE")
-    add("--out", metavar="DIR", help="where reports and pictures go (none: <run>/<split>, or "
-        "runs/comparison for several networks, runs/pictures for --images)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
-        help="bf16 is faster where the hardware has it; results differ in the last digit")
+    add("--out", default="", metavar="DIR", help="folder for the results, if not the run's own, "
+        "runs/comparison or runs/pictures")
     add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
-    add("--workers", type=int, default=1, help="processes that read images; 0: none but this one")
-    options = parser.parse_args(argv)
-    if options.batch_size < 1 or options.workers < 0:
-        parser.error("--batch-size begins at 1, --workers at 0")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: its folder does not exist")
-    if options.images and (options.data or options.split or options.per_class
-                           or len(options.ckpt) > 1):
-        parser.error("--images takes one checkpoint, and no --data, --split or --per-class")
-    options.split = options.split or "test"
-    return options
+    return parser.parse_args(argv)
+
+
+def segment_all(args, path):
+    """Segments args.images; a broken picture costs itself alone, and the exit status is 1 then."""
+    files = [file for path in args.images for file in (
+        [path / name for name in pictures_in(path).values()] if path.is_dir() else [path])]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        raise Problem(f"there is no picture {', '.join(missing or map(str, args.images))}")
+    checkpoint, predict = build_predictor(path, args)
+    out, status = Path(args.out or "runs/pictures"), 0
+    out.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        try:
+            segment(file, predict, checkpoint["settings"]["size"] or 320, out)
+            print(f"{file}: {out / file.name}-overlay.png, -labels.png")
+        except Problem as problem:
+            print(problem)
+            status = 1
+    return status
 
 
 def main(argv=None):
-    """Returns the exit status: 0; 1 where a picture could not be read; 2 after one sentence."""
-    options = parse(argv)
-    try:
-        device = pick_device(options.device)
-        precision = pick_precision(device, options.precision)
-        paths = [find_checkpoint(path) if path.is_dir() else path for path in options.ckpt]
-        paths = paths or [find_checkpoint()]
-        print(f"Checkpoint: {', '.join(map(str, paths))}")
-        if options.images:
-            checkpoint = load_checkpoint(paths[0])
-            model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-            results = segment_pictures(options.images, checkpoint, model, device, precision,
-                                       options.out or "runs/pictures")
-            for result in results:
-                print(result["error"] or "{picture}: {overlay}, {labels}".format_map(result))
-            report = dict(note=source_note(checkpoint["classes"]), pictures=results)
-            failed = any(result["error"] for result in results)
-        else:
-            report, failed = evaluate(options, paths, device, precision), False
-        if options.json:
-            write_json(options.json, report)
-        return int(failed)
-    except Problem as problem:
-        message = str(problem)
-    except OSError as error:
-        message = f"{error.filename} cannot be used ({error.strerror}): --out names another folder"
-    except (RuntimeError, MemoryError) as error:        # allocators raise RuntimeError
-        if "DataLoader worker" in str(error):
-            message = "a data worker died, maybe of little memory: try fewer --workers"
-        elif lacks_memory(error):
-            message = f"out of memory: try --batch-size {max(1, options.batch_size // 2)}"
-        else:
-            raise
-    print(f"evaluate.py: {message}", file=sys.stderr)
-    return 2
+    """Returns the exit status, or raises what run_command explains."""
+    args = parse(argv)
+    paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
+    if args.images:
+        return segment_all(args, paths[0])
+    runs = [measure(path, args, args.split, args.data) for path in paths]
+    runs += [measure(path, args, args.split, args.data, raw=True)
+             for path, run in zip(paths, runs) if run["predict"].logit_weights]
+    if len({run["split"].folder for run in runs}) > 1:
+        raise Problem("these networks were trained on different data: name with --data what to "
+                      "measure them on")
+    own = paths[0].parent if paths[0].name == "best.pt" else Path("runs") / paths[0].stem
+    out = Path(args.out or (own / args.split if len(paths) == 1 else "runs/comparison"))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(report_text(runs), encoding="utf-8")
+    draw_examples(out / "examples.png", runs)
+    draw_confusion(out / "confusion.png", runs[0])
+    print(report_text(runs, args.per_class))
+    print(f"Written into {out}: report.md, examples.png, confusion.png")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("evaluate.py", main)

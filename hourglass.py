@@ -3,7 +3,7 @@
 Newell, Yang & Deng, arXiv 1603.06937; the paper trains it at full resolution (Section 4.1). Every
 module sees what the one before it predicted, and corrects it ("intermediate supervision"):
 
-    images ─> stem ─> x ─┬─────────────────────────────────────────> + ─> x of the next module
+    images -> stem -> x ─┬─────────────────────────────────────────> + -> x of the next module
     (B, 3, H, W)         │                            ┌─> 1x1 ───────┤
                          └> hourglass, residual, 1x1 ─┴─> 1x1 ─┬─> 1x1   (both re-injected)
                                                                └─> logits (B, K, H, W)
@@ -13,9 +13,9 @@ Joints: what one module hands on also enters a second row of modules that predic
 each joint, in training only; joints come from the data or are the centres of the labelled parts.
 Differs from the source: its stem has stride 4 (here --stem-stride 4), and only the predictions have
 biases, since every other one would be subtracted again by the batch normalisation that follows.
+Differs from the code of the paper's authors: their stem convolution is 1x1, and their joint branch
+leaves the third of four modules (here the second).
 """
-import argparse
-import contextlib
 import math
 
 import torch
@@ -30,8 +30,8 @@ SPREAD = 6.4 / 320  # standard deviation of a joint's heat map, in image widths
 NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot
     spine2 leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm
     leftForeArm rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()
-# Label sets of the paper's authors from coarse to fine. A group becomes one class, the rest is
-# background; pictures show a group in the colour of its first member.
+# Label sets of the paper's authors from coarse to fine: a group becomes one class, the rest is
+# background. Pictures show a group in the colour of its first member.
 LEVELS = (
     [tuple(range(1, 25))],
     [(16, 13), (7, 10, 14, 15), (1, 4), tuple(range(17, 25)), (2, 3, 5, 6, 8, 9, 11, 12)],
@@ -55,26 +55,9 @@ def level_table(level):
     return table
 
 
-def level_maps(labels, stacks):
-    """What each module learns under coarse-to-fine, in ids to be coloured like labels (Fig. 14).
-
-    labels: (..., H, W) uint8, ids of SURREAL or 255. Returns a list of `stacks` such tensors.
-    """
-    maps = []
-    for level in spread_levels(stacks):
-        shown = torch.arange(256, dtype=torch.uint8, device=labels.device)
-        for group in LEVELS[level]:
-            shown[list(group)] = group[0]
-        maps.append(shown[labels.long()])
-    return maps
-
-
 def centroids(labels, num_classes):
-    """Centre of mass of every part, the stand-in for joints where the data has none.
-
-    labels: (B, H, W) uint8, 255 = ignore. Returns (B, num_classes - 1, 2) float32, x then y in
-    pixels; NaN for a part that is not visible.
-    """
+    """Centre of mass of every part, the paper's other kind of joints (Fig. 16). labels: (B, H, W)
+    uint8. Returns (B, num_classes - 1, 2) float32, x then y in pixels; NaN for an absent part."""
     parts = torch.arange(1, num_classes, device=labels.device).view(-1, 1, 1)
     mask = labels[:, None] == parts                                       # (B, K-1, H, W)
     columns, rows = mask.sum(-2), mask.sum(-1)                            # (B, K-1, W), (B, K-1, H)
@@ -98,14 +81,12 @@ def heat_maps(joints, H, W, spread):
 
 
 def heat_map_loss(maps, joints, spread):
-    """Sigmoid cross-entropy, the loss the paper's hourglass came with (Section 4.1.3).
+    """Sigmoid cross-entropy, as in the paper (Section 4.1.3); Newell et al. take squared errors.
 
-    maps: (B, J, H, W) logits; joints, spread: as for heat_maps. A mean over pixels would be that of
-    the empty surroundings, 1/400 of it the joint's. The sum over a map's pixels is divided by the
-    Gaussian's, 2 pi spread^2, instead: at any size it falls from about 7.6 to pi^2 / 6 for perfect
-    maps, and a weight of 1 stands beside the log 25 of a cross-entropy over classes. Newell et al.
-    take squared errors; with those, RMSprop's large first steps kept the loss above that of empty
-    maps for 100 steps. Mean over joints that count (of all processes); 0 without any.
+    maps: (B, J, H, W) logits; joints, spread: as for heat_maps. The sum over a map's pixels is
+    divided by the Gaussian's, 2 pi spread^2, since in a mean over pixels the joint would be 1/400:
+    at any size it falls from about 7.0 to pi^2 / 6 for perfect maps.
+    Returns the mean over the joints that count, of all processes; 0 without any.
     """
     target, counts = heat_maps(joints, *maps.shape[-2:], spread)
     losses = F.binary_cross_entropy_with_logits(maps.float(), target, reduction="none")
@@ -115,31 +96,6 @@ def heat_map_loss(maps, joints, spread):
         dist.all_reduce(count)
         loss = loss * dist.get_world_size()  # DistributedDataParallel averages gradients
     return loss / count.clamp(min=1)
-
-
-@contextlib.contextmanager
-def keep_statistics(module):
-    """Within it, batch normalisation works as before but leaves its running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def recompute(module, x):
-    """module(x) that keeps only x for the backward pass, which then computes the rest again.
-
-    The second time must not count in the running statistics. torch.compile does without that: what
-    it recomputes leaves out the statistics, and of contexts it knows only its own.
-    """
-    contexts = {} if torch.compiler.is_compiling() else dict(
-        context_fn=lambda: (contextlib.nullcontext(), keep_statistics(module)))
-    return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 def bn_relu_conv(c_in, c_out, kernel):
@@ -180,11 +136,8 @@ class Hourglass(nn.Module):
 
 
 class Stage(nn.Module):
-    """One module: x (B, C, H, W) -> its prediction (B, c_out, H, W) and what it hands on, like x.
-
-    That is x + 1x1(features) + 1x1(prediction). The last module of a row has nothing to re-inject
-    into and no such layers: it hands on its features.
-    """
+    """One module: x (B, C, H, W) -> its prediction (B, c_out, H, W) and what it hands on, like x:
+    x + 1x1(features) + 1x1(prediction). The last module of a row has no such layers."""
 
     def __init__(self, channels, c_out, last):
         super().__init__()
@@ -211,48 +164,26 @@ class StackedHourglass(nn.Module):
     """Evaluation: (B, 3, H, W) normalised images -> (B, K, H, W) float32 logits, the last module's.
 
     Training: -> a list of each module's float32 logits, at full size, and a list of heat maps.
-
     width: factor on `features`, the channels of a module; the stem's grow with them.
     stem_stride: 1, 2 or 4: the modules work at this fraction of the resolution.
     coarse_to_fine: module s learns the label set of its level, for SURREAL's 25 classes.
     joints: "none"; "surreal": the num_joints joints of the data; "centroids": centres of the parts.
-    joints_from, joints_modules, joints_weight: the module that feeds the branch, the number of
-        modules in it, the factor on each one's loss.
+    joints_from, joints_modules: the module that feeds the branch (1 to stacks), and its length.
     checkpoint_activations: recompute them in the backward pass, one module at a time. An image at
         320x320, stride 1, in bf16 takes 1.5 GiB instead of 4.1 (on the CPU), for 1.3 of the time.
-    Raises ValueError for a value that makes no network.
     """
-    recipe = dict(batch_size=3, lr=2.5e-4, optimizer="RMSprop", optimizer_args={}, weight_decay=0.0,
-                  schedule="step", schedule_args={"factor": 0.96, "every": 2000},
-                  iterations=150000)
-    training_only = ("joint_stages.",)
+    recipe = dict(batch_size=3, lr=2.5e-4, optimizer="RMSprop", schedule="step", factor=0.96,
+                  every=2000, iterations=150000, val_every=1000, val_images=300)
+    training_only = ("joint_stages.",)  # prefixes of the weights that evaluation does without
 
     def __init__(self, num_classes=25, width=1, *, stacks=4, features=256, stem_stride=1,
                  coarse_to_fine=False, joints="none", joints_from=2, joints_modules=2,
-                 joints_weight=1.0, num_joints=24, checkpoint_activations=False):
+                 num_joints=24, checkpoint_activations=False):
         super().__init__()
-        if joints == "centroids":
-            num_joints = num_classes - 1
-        for name, value in dict(stacks=stacks, features=features, joints_from=joints_from,
-                                joints_modules=joints_modules, num_joints=num_joints).items():
-            most = 4096 if name in ("features", "num_joints") else 16
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} must be from 1 to {most}, not {value}")
-        if stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride must be 1, 2 or 4, not {stem_stride}")
-        if joints not in ("none", "surreal", "centroids"):
-            raise ValueError(f"joints must be none, surreal or centroids, not {joints!r}")
-        if joints != "none" and joints_from > stacks:
-            raise ValueError(f"joints_from {joints_from} is none of the {stacks} stacks: "
-                             f"name one of 1 to {stacks}, or build more stacks")
-        if coarse_to_fine and num_classes != 25:
-            raise ValueError(f"coarse_to_fine groups SURREAL's 25 classes and has no groups for "
-                             f"{num_classes}: leave it out")
         self.num_classes, self.stem_stride = num_classes, stem_stride
-        self.joints, self.joints_from, self.joints_weight = joints, joints_from, joints_weight
+        self.joints, self.joints_from = joints, joints_from
         self.checkpoint_activations = checkpoint_activations
         C, C2, C4 = (max(1, round(features * width / part)) for part in (1, 2, 4))
-
         self.stem = nn.Sequential(
             nn.Conv2d(3, C4, 7, stride=1 if stem_stride == 1 else 2, padding=3, bias=False),
             nn.BatchNorm2d(C4), nn.ReLU(inplace=True), Residual(C4, C2),
@@ -262,119 +193,98 @@ class StackedHourglass(nn.Module):
         if coarse_to_fine:
             widths = [1 + len(LEVELS[level]) for level in spread_levels(stacks)]
             levels = torch.stack([level_table(level) for level in spread_levels(stacks)])
-        self.register_buffer("levels", levels, persistent=False)  # (stacks, 25) or None
-        joint_widths = [] if joints == "none" else [num_joints] * joints_modules
+        self.register_buffer("levels", levels, persistent=False)   # (stacks, 25) or None
+        heat_maps_of = {"none": 0, "surreal": num_joints, "centroids": num_classes - 1}[joints]
+        joint_widths = [heat_maps_of] * joints_modules if heat_maps_of else []
         self.stages, self.joint_stages = (
             nn.ModuleList(Stage(C, c_out, s == len(row)) for s, c_out in enumerate(row, 1))
             for row in (widths, joint_widths))
-        self.classifiers = tuple(f"{name}." for name, _ in self.named_modules()
-                                 if name.endswith(("predict", "reinject_prediction")))
         for name, module in self.named_modules():
             if name.endswith("predict"):
-                # Undecided at first, and heat maps at their mean: Lin et al., arXiv 1708.02002.
+                # Small weights: heat maps start at their mean, classes at their prior (train.py).
                 nn.init.normal_(module.weight, std=0.001)
                 nn.init.constant_(module.bias, math.log(2 * math.pi * SPREAD ** 2)
                                   if name.startswith("joint_stages") else 0)
             elif isinstance(module, nn.Conv2d):
-                # He et al., arXiv 1502.01852. What is added to the stream is scaled down, since
-                # 43 residuals in a row grow a millionfold where batch normalisation is frozen
-                # (train.py --bn-after); one hourglass already adds up five copies of its input.
-                gain = 0.25 if name.endswith("branch.2.2") else (
-                    0.2 if name.endswith("reinject_features") else 1)
-                nn.init.kaiming_normal_(module.weight)
-                module.weight.data *= gain
+                nn.init.kaiming_normal_(module.weight)     # He et al., arXiv 1502.01852
+                # What is added to the stream is scaled down: while batch normalisation is frozen
+                # (--bn-after), 43 residuals in a row would grow it a millionfold.
+                module.weight.data *= (0.25 if name.endswith("branch.2.2") else
+                                       0.2 if name.endswith("reinject_features") else 1)
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        if self.training and (H % 32 or W % 32):
-            raise ValueError(f"StackedHourglass trains on multiples of 32 pixels, not on {H}x{W}")
-        again = self.checkpoint_activations and self.training
-        run = recompute if again else lambda module, x: module(x)
-
-        x = run(self.stem, images)                         # (B, C, H/stride, W/stride)
+        x = self.run(self.stem, images)                    # (B, C, H/stride, W/stride)
         outputs, maps = [], []
         for s, stage in enumerate(self.stages, 1):
-            logits, x = run(stage, x)
+            logits, x = self.run(stage, x)
             outputs.append(logits)
             if self.training and s == self.joints_from:
                 y = x                                      # the branch's own stream
                 for joint_stage in self.joint_stages:
-                    heat, y = run(joint_stage, y)          # (B, J, H/stride, W/stride)
+                    heat, y = self.run(joint_stage, y)     # (B, J, H/stride, W/stride)
                     maps.append(heat)
         if not self.training:
             return self.enlarge(logits)[..., :H, :W]       # (B, K, H, W)
         return [self.enlarge(logits) for logits in outputs], maps
 
+    def run(self, module, x):
+        """module(x), which checkpoint_activations computes again in the backward pass instead of
+        keeping it. Batch normalisation then updates its statistics twice with the same batch."""
+        if self.checkpoint_activations and self.training:
+            return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)
+        return module(x)
+
     def enlarge(self, logits):
-        """Logits at the size of the image, in float32: backwards, bilinear in bf16 is slow."""
+        """Logits at the size of the image, in float32: in bf16, bilinear is slow backwards."""
         if self.stem_stride == 1:
             return logits.float()
         return F.interpolate(logits.float(), scale_factor=self.stem_stride, mode="bilinear")
 
-    def loss(self, outputs, batch, criterion):
-        """outputs: what forward returned in training. Returns (total, main), main the last one's.
+    @property
+    def heads(self):
+        """[(classification layer, its levels (25,) or None)]: their biases start at the prior."""
+        levels = [None] * len(self.stages) if self.levels is None else self.levels
+        return [(stage.predict, level) for stage, level in zip(self.stages, levels)]
 
-        total: the sum over modules, as in the source, and joints_weight times that of the branch.
-        """
-        outputs, maps = outputs
-        labels = batch["labels"]
-        levels = [None] * len(outputs) if self.levels is None else self.levels
+    def loss(self, outputs, batch, criterion):
+        """outputs: what forward returned in training. Returns (total, main): the sum over all
+        modules, as in the source, and the loss of the last module of the stack."""
+        (outputs, maps), labels = outputs, batch["labels"]
         losses = [criterion(logits, labels, levels=level)
-                  for logits, level in zip(outputs, levels)]
+                  for logits, (_, level) in zip(outputs, self.heads)]
         if self.joints == "none":
             return sum(losses), losses[-1]
-        joints = batch["joints"] if self.joints == "surreal" else (
-            centroids(labels, self.num_classes))
+        joints = batch["joints"]
+        if self.joints == "centroids":
+            joints = centroids(labels, self.num_classes)
         joints = (joints + 0.5) / self.stem_stride - 0.5   # from pixels of the image to the maps'
         spread = SPREAD * labels.shape[-1] / self.stem_stride
         joint_losses = [heat_map_loss(heat, joints, spread) for heat in maps]
-        return sum(losses) + self.joints_weight * sum(joint_losses), losses[-1]
+        return sum(losses) + sum(joint_losses), losses[-1]
 
 
 def print_stages(model, size):
-    """Prints output shape, parameters and multiply-adds of each stage, for one image."""
-    stages = {}
-    for name, child in model.named_children():
-        several = isinstance(child, nn.ModuleList)
-        stages |= {f"{name}.{i}": m for i, m in enumerate(child)} if several else {name: child}
-    stages["total"] = model
+    """Prints each stage as it is computed from one image: output, parameters, and multiply-adds
+    (MAC) since the line above. "bottom" is the bottleneck of the first hourglass."""
+    counts = []
 
-    shapes = {}
-    for name, stage in stages.items():  # the output of a module is its prediction, and more
-        stage.register_forward_hook(lambda _, __, out, name=name: shapes.update(
-            {name: out[0].shape if isinstance(out, tuple) else out.shape}))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 3, size, size))
-    counts = counter.get_flop_counts()
-
-    print(f"{'stage':14}{'output':>18}{'parameters':>14}{'multiply-adds':>19}")
-    for name, stage in stages.items():
-        shape = " x ".join(map(str, shapes[name][1:])) if name in shapes else "in training only"
+    def show(name, stage, output):
+        total = counter.get_total_flops() // 2              # a multiply-add is two FLOPs
+        counts.append(total if stage is model else total - sum(counts))
+        shape = tuple((output[0] if isinstance(output, tuple) else output).shape[1:])
         parameters = sum(p.numel() for p in stage.parameters())
-        path = type(model).__name__ + (f".{name}" if stage is not model else "")
-        multiply_adds = sum(counts.get(path, {}).values()) / 2  # a multiply-add counts as two
-        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
+        print(f"{name or 'in all':11}{shape!s:>16}{parameters:>11,} weights{counts[-1]:>16,} MAC")
 
-
-def main():
-    parser = argparse.ArgumentParser(description="Prints the network stage by stage.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", type=int, default=320, help="side of the image in pixels")
-    parser.add_argument("--num-classes", type=int, default=25, help="number of classes")
-    parser.add_argument("--width", type=float, default=1, help="factor on the channel counts")
-    parser.add_argument("--stacks", type=int, default=4, help="modules in a row")
-    parser.add_argument("--features", type=int, default=256, help="channels of a module")
-    parser.add_argument("--stem-stride", type=int, choices=(1, 2, 4), default=1,
-                        help="the modules work at this fraction of the resolution")
-    parser.add_argument("--coarse-to-fine", action="store_true", help="coarser classes first")
-    parser.add_argument("--joints", choices=("none", "surreal", "centroids"), default="none",
-                        help="with a branch for heat maps")
-    options = vars(parser.parse_args())
-    try:
-        print_stages(size=options.pop("size"), model=StackedHourglass(**options))
-    except ValueError as error:
-        parser.error(str(error))
+    bottom = model.stages[0].features[0]
+    while isinstance(bottom, Hourglass):
+        bottom = bottom.low[2]
+    stages = [("stem", model.stem), ("bottom", bottom), *model.stages.named_children(), ("", model)]
+    for name, stage in stages:
+        stage.register_forward_hook(lambda stage, _, out, name=name: show(name, stage, out))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval().to("meta")(torch.zeros(1, 3, size, size, device="meta"))  # shapes alone
 
 
 if __name__ == "__main__":
-    main()
+    print_stages(StackedHourglass(), 320)

@@ -4,18 +4,17 @@ Zhao, Qi, Shen, Shi & Jia, arXiv 1704.08545; layers as in hellochick/ICNet-tenso
 paper trained (Section 3.2). Three branches look at the image at 1, 1/2 and 1/4 of its size. The
 deep network runs on the smallest, and cascade feature fusion (CFF) refines it branch by branch:
 
-    1    ─> high, to 1/8 ─────────────────────────────────────────────────┐
-    1/2  ─> conv1 conv2 conv3_1, to 1/16 ──────────────────┐              v
-    1/4     └─ conv3_2 conv4 conv5 pyramid, to 1/32 ─> x2 ─> CFF ─> x2 ─> CFF ─> x2
+    1    -> high, to 1/8 ─────────────────────────────────────────────────┐
+    1/2  -> conv1 conv2 conv3_1, to 1/16 ──────────────────┐              v
+    1/4     └─ conv3_2 conv4 conv5 pyramid, to 1/32 -> x2 -> CFF -> x2 -> CFF -> x2
                                                        v            v            v
     logits (B, K, ...)                  (1/16,         1/8,)        1/4, and x4 at evaluation
 
-Differs from the source: nothing is pretrained, hence the initialisation below, and the loss weights
-are those of the paper's authors (the source: 0.16, 0.4, 1.0). As in the source's code, 1/4 is no
-image of its own: the branches 1/2 and 1/4 share their first layers, then the latter is halved.
+Differs from the source: nothing is pretrained, hence the initialisation below; loss weights are
+those of the paper's authors (the source: 0.16, 0.4, 1.0); interpolation does not align corners (the
+source's does); the finest pooling has 6 x 6 cells (4 x 4 in the variant that the authors trained).
+As in the source's code, 1/4 is no image of its own: its branch continues the first layers of 1/2.
 """
-import argparse
-
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -49,44 +48,35 @@ class Bottleneck(nn.Module):
         self.branch = nn.Sequential(conv_bn_relu(c_in, c_mid, 1, stride),
                                     conv_bn_relu(c_mid, c_mid, 3, dilation=dilation),
                                     conv_bn(c_mid, c_out, 1))
-        self.project = nn.Identity()
-        if c_in != c_out or stride > 1:
-            self.project = conv_bn(c_in, c_out, 1, stride)
+        changes = c_in != c_out or stride > 1
+        self.project = conv_bn(c_in, c_out, 1, stride) if changes else nn.Identity()
 
     def forward(self, x):
-        x = self.branch(x).add_(self.project(x))  # in place: fresh memory costs more than the sum
-        return F.relu(x, inplace=True)
+        return F.relu(self.branch(x).add_(self.project(x)), inplace=True)  # in place is faster
 
 
 def bottlenecks(count, c_in, c_mid, c_out, stride=1, dilation=1):
     """`count` bottlenecks, the first of which changes the number of channels and the size."""
-    first = Bottleneck(c_in, c_mid, c_out, stride, dilation)
-    others = [Bottleneck(c_out, c_mid, c_out, dilation=dilation) for _ in range(count - 1)]
-    return nn.Sequential(first, *others)
+    return nn.Sequential(Bottleneck(c_in, c_mid, c_out, stride, dilation), *(
+        Bottleneck(c_out, c_mid, c_out, dilation=dilation) for _ in range(count - 1)))
 
 
 class PyramidPooling(nn.Module):
-    """Adds to each pixel the means of its surroundings, from 1/6 of the image to all of it => 1x1.
-
-    (B, c_in, H, W) -> (B, c_out, H, W)
-    """
+    """Adds to each pixel the means of its surroundings, 1/6 of the image to all of it => 1x1."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.conv = conv_bn_relu(c_in, c_out, 1)
 
     def forward(self, x):
-        x = x.float()  # for the sums, and see resize
+        x = x.float()                                         # (B, c_in, H, W); see resize
         means = [F.adaptive_avg_pool2d(x, cells) for cells in PYRAMID]
         return self.conv(sum((F.interpolate(m, x.shape[-2:], mode="bilinear") for m in means), x))
 
 
 class CascadeFeatureFusion(nn.Module):
-    """ReLU(3x3 of the coarse map + 1x1 of the fine map), both at the size of the fine one.
-
-    coarse (B, c_coarse, H, W), fine (B, c_fine, H, W) -> (B, c_out, H, W). The dilation is 2, as in
-    the source's code; the paper's text has 1.
-    """
+    """ReLU(3x3 of the coarse map + 1x1 of the fine map), both (B, ., H, W) of the fine map's size.
+    The dilation is 2, as in the source's code; the paper's text says 1."""
 
     def __init__(self, c_coarse, c_fine, c_out):
         super().__init__()
@@ -99,23 +89,17 @@ class CascadeFeatureFusion(nn.Module):
 
 class ICNet(nn.Module):
     """Evaluation: (B, 3, H, W) normalised images -> (B, K, H, W) float32 logits.
-
     Training: -> float32 logits at 1/16, 1/8 and 1/4, each with a share of the loss, `head_weights`.
-    width: factor on every channel count but the image's and the classes'; 2 doubles the filters.
-    """
+    width: factor on every channel count but the image's and the classes'; 2 doubles the filters."""
     recipe = dict(batch_size=64, lr=0.01, optimizer="SGD", optimizer_args={"momentum": 0.9},
-                  weight_decay=1e-4, schedule="poly", schedule_args={"power": 0.9},
-                  iterations=40000)
-    training_only = ("head16.", "head8.")
-    classifiers = ("head16.", "head8.", "head4.")
+                  weight_decay=1e-4, schedule="poly", power=0.9, iterations=40000)  # Section 3.2.3
+    training_only = ("head16.", "head8.")  # prefixes of the weights that evaluation does without
 
     def __init__(self, num_classes=25, width=1, *, head_weights=(0.4, 0.6, 1.0)):
         super().__init__()
-        if len(head_weights) != 3:
-            raise ValueError(f"head_weights must be three numbers, not {head_weights}")
         self.head_weights = head_weights
-        c32, c64, c128, c256, c512, c1024 = (max(1, round(c * width))
-                                             for c in (32, 64, 128, 256, 512, 1024))
+        widths = [max(1, round(c * width)) for c in (32, 64, 128, 256, 512, 1024)]
+        c32, c64, c128, c256, c512, c1024 = widths
         self.conv1 = nn.Sequential(conv_bn_relu(3, c32, 3, stride=2), conv_bn_relu(c32, c32, 3),
                                    conv_bn_relu(c32, c64, 3), nn.MaxPool2d(3, 2, padding=1))
         self.conv2 = bottlenecks(3, c64, c32, c128)
@@ -124,9 +108,8 @@ class ICNet(nn.Module):
         self.conv4 = bottlenecks(6, c256, c128, c512, dilation=2)
         self.conv5 = bottlenecks(3, c512, c256, c1024, dilation=4)
         self.pyramid = PyramidPooling(c1024, c256)
-        self.high = nn.Sequential(conv_bn_relu(3, c32, 3, stride=2),
-                                  conv_bn_relu(c32, c32, 3, stride=2),
-                                  conv_bn_relu(c32, c64, 3, stride=2))
+        self.high = nn.Sequential(*(conv_bn_relu(c_in, c_out, 3, stride=2)
+                                    for c_in, c_out in ((3, c32), (c32, c32), (c32, c64))))
         self.fuse16 = CascadeFeatureFusion(c256, c256, c128)
         self.fuse8 = CascadeFeatureFusion(c128, c64, c128)
         self.head16 = nn.Conv2d(c256, num_classes, 1)
@@ -136,18 +119,16 @@ class ICNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)  # He et al., arXiv 1502.01852
             elif isinstance(module, Bottleneck):
-                # 16 blocks each add a branch. At 1/16 of the variance they add up to one; at full
-                # scale features would grow 25-fold where batch normalisation is frozen (train.py
-                # --bn-after), and 0, the usual start of a residual branch, would be frozen too.
+                # 16 blocks each add a branch; at 1/16 of the variance they add up to one. At full
+                # scale features grow 25-fold while batch normalisation is frozen (--bn-after).
                 nn.init.constant_(module.branch[-1][-1].weight, 16 ** -0.5)
-        for head in (self.head16, self.head8, self.head4):
-            nn.init.normal_(head.weight, std=0.01)  # all classes start about equally likely
+        self.heads = [(self.head16, None), (self.head8, None), (self.head4, None)]
+        for head, _ in self.heads:  # small weights, so that the biases decide: train.py sets them
+            nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        if self.training and (H % 32 or W % 32):
-            raise ValueError(f"ICNet trains on multiples of 32 pixels, not on {H}x{W}")
         x = F.pad(images, (0, -W % 32, 0, -H % 32))           # evaluation takes any size
 
         half = self.conv2(self.conv1(resize(x, 1 / 2)))       # (B, 128, H/8, W/8)
@@ -174,38 +155,21 @@ class ICNet(nn.Module):
 
 
 def print_stages(model, size):
-    """Prints output shape, parameters and multiply-adds of each stage, for one image."""
-    stages = {}
-    for name, child in model.named_children():
-        several = isinstance(child, nn.ModuleList)
-        stages |= {f"{name}.{i}": m for i, m in enumerate(child)} if several else {name: child}
-    stages["total"] = model
+    """Prints each stage as it is computed: output, parameters, multiply-adds (MAC) of one image."""
+    counts = []
 
-    shapes = {}
-    for name, stage in stages.items():
-        stage.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: out.shape}))
+    def show(name, stage, output):
+        total = counter.get_total_flops() // 2              # a multiply-add is two FLOPs
+        counts.append(total if stage is model else total - sum(counts))
+        shape = tuple(output.shape[1:])
+        parameters = sum(p.numel() for p in stage.parameters())
+        print(f"{name or 'in all':11}{shape!s:>16}{parameters:>11,} weights{counts[-1]:>15,} MAC")
+
+    for name, stage in [*model.named_children(), ("", model)]:
+        stage.register_forward_hook(lambda stage, _, out, name=name: show(name, stage, out))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, size, size))
-    counts = counter.get_flop_counts()
-
-    print(f"{'stage':14}{'output':>18}{'parameters':>14}{'multiply-adds':>19}")
-    for name, stage in stages.items():
-        shape = " x ".join(map(str, shapes[name][1:])) if name in shapes else "in training only"
-        parameters = sum(p.numel() for p in stage.parameters())
-        path = type(model).__name__ + (f".{name}" if stage is not model else "")
-        multiply_adds = sum(counts.get(path, {}).values()) / 2  # a multiply-add counts as two
-        print(f"{name:14}{shape:>18}{parameters:>14,}{multiply_adds / 1e6:>17,.1f} M")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Prints the network stage by stage.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", type=int, default=320, help="side of the image in pixels")
-    parser.add_argument("--num-classes", type=int, default=25, help="number of classes")
-    parser.add_argument("--width", type=float, default=1, help="factor on the channel counts")
-    options = vars(parser.parse_args())
-    print_stages(size=options.pop("size"), model=ICNet(**options))
 
 
 if __name__ == "__main__":
-    main()
+    print_stages(ICNet(), 320)
