@@ -9,15 +9,14 @@ and prediction, divided by those that are in either. A class that occurs in neit
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +32,6 @@ from hourglass import StackedHourglass
 from icnet import ICNet
 from segnet import SegNet
 
-# Huge pages on Linux: a CPU takes fresh memory for every large tensor, a fifth of ICNet's time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 MODELS = {"icnet": ICNet, "segnet": SegNet, "hourglass": StackedHourglass}
 IGNORE = 255        # label of pixels that count nowhere
 FIGURES = dict(     # of scores(); the paper calls two of them F1
@@ -42,6 +39,9 @@ FIGURES = dict(     # of scores(); the paper calls two of them F1
     precision="precision, mean over classes", class_accuracy="accuracy, mean over classes",
     body_f1="F1, body against background", body_precision="precision, body against background",
     body_recall="recall, body against background")
+# Huge pages on Linux: a CPU takes fresh memory for every large tensor, a fifth of ICNet's time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")     # NaN means "unknown"
 
 
 class Problem(Exception):
@@ -51,22 +51,19 @@ class Problem(Exception):
 # ---- The prepared folder
 
 def read_classes(data, count=False):
-    """The content of DATA/classes.json and defaults for what is missing; `names` has to be there.
-    count: also pixels, mean and std, taken from the train split on first use and kept there.
-    Raises Problem for a folder that is missing, unfinished or has bad labels."""
-    path, images = Path(data) / "classes.json", Path(data) / "train" / "images"
+    """The content of DATA/classes.json, with defaults for all but `names`. count: what the train
+    split says (count_pixels) too, taken on first use and kept. Raises Problem for a bad folder."""
+    path = Path(data) / "classes.json"
     try:
         stored = json.loads(path.read_bytes())
         K = len(stored["names"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Problem(f"{data} is missing or unfinished: {path} is not usable. prepare_surreal.py "
-                      'makes one; your own needs {"names": ["background", ...]}') from error
-    palette = (255 * colormaps["nipy_spectral"](np.linspace(0, 0.95, K))[:, :3]).astype(int)
-    classes = dict(palette=palette.tolist(), mirror=list(range(K)), groups={}, joint_mirror=None,
+        raise Problem(f"{data} is missing or unfinished. prepare_surreal.py makes such a folder; "
+                      f'your own needs a {path} of {{"names": ["background", ...]}}') from error
+    palette = colormaps["nipy_spectral"](np.linspace(0, 0.95, K), bytes=True)[:, :3].tolist()
+    classes = dict(palette=palette, mirror=list(range(K)), groups={}, joint_mirror=None, size=None,
                    source=f"own data, {data}", settings={}) | stored
-    if "size" not in stored and pictures_in(images):
-        classes["size"] = open_picture(images / min(pictures_in(images).values())).width
-    if count and not {"pixels", "mean", "std"} <= set(stored):
+    if count and not {"size", "pixels", "mean", "std"} <= set(stored):
         classes |= count_pixels(Split(data, "train", classes))
         Path(f"{path}.new").write_text(json.dumps(classes, indent=1))
         os.replace(f"{path}.new", path)
@@ -74,7 +71,7 @@ def read_classes(data, count=False):
 
 
 def count_pixels(split):
-    """Label pixels of each class (K ints), mean and std of RGB in 0..1, over all frames."""
+    """Size of the images, label pixels of each class (K ints), mean and std of RGB in 0..1."""
     names, pixels, moments = split.classes["names"], 0, 0
     for frame in tqdm(split.frames, desc="counting labels", unit=" frames", disable=None):
         image, label = split.load_frame(frame)
@@ -82,64 +79,57 @@ def count_pixels(split):
         moments = moments + np.stack([values.mean(0), (values ** 2).mean(0)]) / len(split.frames)
         pixels = pixels + np.bincount(label.ravel(), minlength=IGNORE + 1)[:len(names)]
     absent = ", ".join(name for name, count in zip(names, pixels) if count == 0)
-    if np.count_nonzero(pixels) < 2:
-        raise Problem(f"no label of {split.folder} has a pixel of {absent}; 255 means ignore, so a "
-                      "mask of 0 and 255 has to become one of 0 and 1")
     if absent:
         print(f"Note: no label of {split.folder} has a pixel of {absent}.")
-    std = np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-6))
-    return dict(pixels=pixels.tolist(), mean=moments[0].tolist(), std=std.tolist())
+    if np.count_nonzero(pixels) < 2:
+        raise Problem(f"{split.folder}/labels show one class. 255 means ignore, so a mask of 0 and "
+                      "255 has to become one of 0 and 1")
+    mean, std = moments[0], np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-6))
+    return dict(size=split.prepared, pixels=pixels.tolist(), mean=mean.tolist(), std=std.tolist())
 
 
 def pictures_in(folder):
-    """{frame: file name} of a folder's pictures, without the "._" files that macOS leaves."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return {Path(name).stem: name for name in names if not name.startswith("._")
-            and name.lower().endswith((".jpg", ".jpeg", ".png"))}
+    """Sorted paths of a folder's pictures, without the "._" files that macOS leaves."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [f"{folder}/{name}" for name in names
+            if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("._")]
 
 
 def open_picture(path):
     """A decoded PIL image, turned upright as its EXIF says. Raises Problem naming the file."""
     try:
-        image = Image.open(path)
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        return image
+        return ImageOps.exif_transpose(Image.open(path))
     except Exception as error:          # a garbled file makes Pillow stumble in any way
         raise Problem(f"{path} is no readable picture ({error}): mend or remove it") from error
 
 
 class Split(Dataset):
-    """The frames of one split of a prepared folder: split[[3, 5]] loads a batch of two.
-
-    size: side to which images are resized (default: as prepared). Labels keep the prepared size,
-    at which metrics are taken, unless `labels_at_size` (training) brings them to the images'.
-    Raises Problem for a split without images and for an image without label.
-    """
+    """The frames of one split of a prepared folder: split[[3, 5]] loads a batch of two. Images get
+    the side `size` (default: as prepared). Labels keep the prepared size, at which metrics are
+    taken, unless `labels_at_size` (training). Raises Problem where an image or label is missing."""
 
     def __init__(self, data, split, classes, size=None, labels_at_size=False):
-        self.folder, self.classes, self.prepared = Path(data) / split, classes, classes.get("size")
-        self.images = pictures_in(self.folder / "images")
-        self.labels = pictures_in(self.folder / "labels")
+        self.folder, self.classes = Path(data) / split, classes
+        self.images, self.labels = ({Path(path).stem: path for path in pictures_in(folder)}
+                                    for folder in (self.folder / "images", self.folder / "labels"))
         self.frames = sorted(self.images)
         if not self.frames:
             raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
         for frame in sorted(self.images.keys() - self.labels.keys()):
-            raise Problem(f"{self.folder}/images/{self.images[frame]} has no label "
-                          f"{self.folder}/labels/{frame}.png: add it, or remove the image")
+            raise Problem(f"{self.images[frame]} has no label {self.folder}/labels/{frame}.png")
+        self.prepared = classes["size"] or open_picture(self.images[self.frames[0]]).width
         self.size = size or self.prepared
         self.label_size = self.size if labels_at_size else self.prepared
         self.joints = None              # (frames, J, 2) float32, pixels of the prepared images
         if (self.folder / "joints.npz").is_file():
             stored = np.load(self.folder / "joints.npz")
-            rows = dict(zip(stored["frames"].tolist(), stored["joints"].astype(np.float32)))
+            known = dict(zip(stored["frames"].tolist(), stored["joints"].astype(np.float32)))
             unknown = np.full(stored["joints"].shape[1:], np.nan, np.float32)
-            self.joints = np.stack([rows.get(frame, unknown) for frame in self.frames])
+            self.joints = np.stack([known.get(frame, unknown) for frame in self.frames])
 
     def __getitem__(self, indices):
-        """A batch: images (B, 3, S, S) uint8, labels (B, L, L) uint8 and, where known, joints
-        (B, J, 2) float32 in pixels of the loaded images. For a bad file it returns a Problem, which
-        would arrive as a traceback if it were raised in a worker process."""
+        """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
+        images, if known. A Problem is returned: raised in a worker, it would drag a traceback."""
         try:
             images, labels = zip(*(self.load_frame(self.frames[index]) for index in indices))
         except Problem as problem:
@@ -153,34 +143,32 @@ class Split(Dataset):
 
     def load_frame(self, frame):
         """Image (S, S, 3) and label (L, L), uint8. Raises Problem naming the file."""
-        image_path = self.folder / "images" / self.images[frame]
-        path, K = self.folder / "labels" / self.labels[frame], len(self.classes["names"])
+        image_path, path, K = self.images[frame], self.labels[frame], len(self.classes["names"])
         image, label = open_picture(image_path).convert("RGB"), open_picture(path)
         if {image.size, label.size} != {(self.prepared,) * 2} or label.mode not in ("P", "L"):
-            raise Problem(f"{image_path} {image.size} and {path} {label.size} {label.mode} have to be "
-                          f"squares of {self.prepared} pixels, the label a grey or palette PNG of "
+            raise Problem(f"{image_path} {image.size} and {path} {label.size} {label.mode} have to "
+                          f"be {self.prepared} pixels square, the label a grey or palette PNG of "
                           'class ids: see "Your own" in the README')
         if self.size != self.prepared:
             image = image.resize((self.size, self.size), Image.BILINEAR)   # averages when shrinking
         label = np.asarray(label.resize((self.label_size, self.label_size), Image.NEAREST))
         unknown = label[(label >= K) & (label != IGNORE)]
         if unknown.size:
-            raise Problem(f"{path} has the label {unknown[0]}; 0 to {K - 1} are classes, 255 ignore")
+            raise Problem(f"{path} has the label {unknown[0]}: classes are 0 to {K - 1}, or 255")
         return np.asarray(image), label
 
 
 def ignore_signals(worker):
     """Ctrl-C and a scheduler's SIGTERM reach workers too, but the main process ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def stream(split, chunks, workers, device):
     """split[chunk] for every chunk of indices, in order, on `device`. Raises Problem: bad data."""
-    loader = DataLoader(split, batch_size=None, sampler=chunks, num_workers=workers,
-                        timeout=90 if workers else 0, pin_memory=device.type == "cuda",
-                        worker_init_fn=ignore_signals)
-    for batch in loader:
+    for batch in DataLoader(split, batch_size=None, sampler=chunks, num_workers=workers,
+                            timeout=90 if workers else 0, pin_memory=device.type == "cuda",
+                            worker_init_fn=ignore_signals):
         if isinstance(batch, Problem):
             raise batch
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -196,15 +184,13 @@ def normalise(images, classes):
 
 # ---- Predictions and metrics
 
-@dataclass
 class Predictor:
     """A network on `device`, the classes it learned (for mean and std), "fp32" or "bf16", and
     logit_weights (K floats): direct weighting trained softmax(x w), so w counts here as well."""
-    model: torch.nn.Module
-    classes: dict
-    device: torch.device
-    precision: str
-    logit_weights: list | None = None
+
+    def __init__(self, model, classes, device, precision, logit_weights=None):
+        self.model, self.classes, self.device = model, classes, device
+        self.precision, self.logit_weights = precision, logit_weights
 
     @torch.no_grad()
     def __call__(self, images, size):
@@ -223,10 +209,9 @@ def confusion_matrices(prediction, labels, K):
     """(B, H, W) int64 and uint8 -> (B, K, K) int64, [image, true, predicted], without label 255.
     One bincount; ignored pixels fall into a row K of their own, which is cut off."""
     B = len(labels)
-    cells = labels.clamp(max=K).to(torch.int64).view(B, -1)
-    cells += (K + 1) * torch.arange(B, device=labels.device).view(B, 1)
-    cells.mul_(K).add_(prediction.reshape(B, -1))
-    return torch.bincount(cells.view(-1), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
+    first_row = (K + 1) * torch.arange(B, device=labels.device).view(B, 1, 1)
+    cells = (first_row + labels.clamp(max=K)) * K + prediction
+    return torch.bincount(cells.flatten(), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
 
 
 def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=None):
@@ -235,38 +220,34 @@ def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=
     indices = range(len(split.frames)) if indices is None else indices
     chunks = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
     confusions, totals = [], []
-    with tqdm(total=len(indices), unit="image", disable=None, leave=False) as bar:
-        for batch in stream(split, chunks, workers, predict.device):
-            labels = batch["labels"]
-            prediction, logits = predict(batch["images"], labels.shape[1:])
-            confusions.append(confusion_matrices(prediction, labels, logits.shape[1]))
-            if criterion:
-                totals.append(torch.stack(criterion.totals(logits, labels)).double())
-            bar.update(len(labels))
-    loss, count = sum(totals).tolist() if totals else (math.nan, 1)
+    batches = stream(split, chunks, workers, predict.device)
+    for batch in tqdm(batches, total=len(chunks), unit="batch", disable=None, leave=False):
+        labels = batch["labels"]
+        prediction, logits = predict(batch["images"], labels.shape[1:])
+        confusions.append(confusion_matrices(prediction, labels, logits.shape[1]))
+        if criterion:
+            totals.append(torch.stack(criterion.totals(logits, labels)).double())
+    loss, count = sum(totals).tolist() if totals else (np.nan, 1)
     return torch.cat(confusions).cpu(), loss / max(count, 1)
 
 
+@np.errstate(invalid="ignore")          # 0 / 0 is NaN, "unknown"
 def scores(confusion):
     """(..., K, K) matrices -> dict of FIGURES, (...) arrays, and of each class's iou, class_f1,
-    class_precision and recall, (..., K). NaN: unknown.
-
-    IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) of a class count where it occurs in
-    truth or prediction, precision where it was predicted, recall (its accuracy) where it is true.
-    body_*: all classes but 0, the background, taken as one.
-    """
+    class_precision and recall, (..., K). IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN)
+    of a class count where it occurs in truth or prediction, precision where it was predicted,
+    recall (its accuracy) where it is true. body_*: all classes but 0, the background, as one."""
     confusion = np.asarray(confusion, dtype=np.float64)
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, found, body = confusion.sum(-1), confusion.sum(-2), confusion[..., 1:, 1:].sum((-2, -1))
     body_true, body_found = true[..., 1:].sum(-1), found[..., 1:].sum(-1)
-    with np.errstate(invalid="ignore"), warnings.catch_warnings(action="ignore"):
-        iou, f1 = right / (true + found - right), 2 * right / (true + found)    # 0 / 0 is NaN
-        precision, recall = right / found, right / true
-        return dict(iou=iou, class_f1=f1, class_precision=precision, recall=recall,
-                    miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1),
-                    precision=np.nanmean(precision, -1), class_accuracy=np.nanmean(recall, -1),
-                    accuracy=right.sum(-1) / true.sum(-1), body_precision=body / body_found,
-                    body_recall=body / body_true, body_f1=2 * body / (body_true + body_found))
+    iou, f1 = right / (true + found - right), 2 * right / (true + found)
+    precision, recall = right / found, right / true
+    return dict(iou=iou, class_f1=f1, class_precision=precision, recall=recall,
+                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1),
+                precision=np.nanmean(precision, -1), class_accuracy=np.nanmean(recall, -1),
+                accuracy=right.sum(-1) / true.sum(-1), body_precision=body / body_found,
+                body_recall=body / body_true, body_f1=2 * body / (body_true + body_found))
 
 
 def clip_of(frame):
@@ -276,11 +257,9 @@ def clip_of(frame):
 
 def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
     """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s.
-
-    The bootstrap (Efron 1979) sums the matrices of clips drawn with replacement: as far as `draws`
-    such sums scatter, other clips would move a figure. Whole clips are drawn, since the frames of
-    one are much alike. confusions, other: (N, K, K) int64; frames: N names. NaN below two clips.
-    """
+    The bootstrap (Efron 1979) sums the matrices of clips drawn with replacement; such sums scatter
+    as other clips would. Whole clips are drawn, since the frames of one are much alike.
+    confusions, other: (N, K, K) int64; frames: N names. NaN below two clips."""
     clips = np.unique([clip_of(frame) for frame in frames], return_inverse=True)[1]
     C, drawn = clips.max(initial=0) + 1, []
     times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
@@ -289,8 +268,7 @@ def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
         np.add.at(per_clip, clips, matrices.reshape(len(clips), -1).numpy())
         drawn.append(scores((times @ per_clip).reshape(-1, *matrices.shape[1:])))
     values = [drawn[0][key] - (0 if other is None else drawn[1][key]) for key in FIGURES]
-    with warnings.catch_warnings(action="ignore"):          # of figures that are unknown
-        halves = np.subtract(*np.nanpercentile(values, (97.5, 2.5), axis=1)) / 2
+    halves = np.subtract(*np.nanpercentile(values, (97.5, 2.5), axis=1)) / 2
     return dict(zip(FIGURES, halves if C > 1 else np.full_like(halves, np.nan)))
 
 
@@ -300,30 +278,12 @@ def paired_difference(one, other, frames):
     return difference, bootstrap(one, frames, other)["miou"]
 
 
-def cost(predict, size, batch_size):
-    """The cells of a table on what evaluation costs at `size` (memory: on a GPU alone)."""
-    images, gpu = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8), torch.cuda
-    with FlopCounterMode(display=False) as flops:
-        predict(images[:1], (size, size))
-    runs, start = 0, time.perf_counter()
-    while runs < 2 or time.perf_counter() - start < 1:
-        predict(images, (size, size))[0].sum().item()       # .item() waits for a GPU
-        runs += 1
-    speed = runs * batch_size / (time.perf_counter() - start)
-    used = sum(value.numel() for name, value in predict.model.named_parameters()
-               if not name.startswith(getattr(predict.model, "training_only", ())))
-    memory = gpu.max_memory_allocated() >> 20 if predict.device.type == "cuda" else "-"
-    return {"image size": size, "parameters, million": f"{used / 1e6:.2f}",
-            "multiply-adds an image, billion": f"{flops.get_total_flops() / 2e9:.2f}",
-            "images/s": f"{speed:.1f}", "peak memory, MiB": memory}
-
-
 # ---- Tables and pictures
 
-def percent(value, half=math.nan, digits=1):
+def percent(value, half=np.nan, digits=1):
     """0.4512, 0.003 -> "45.1 +- 0.3"; "-" for what is unknown."""
-    interval = "" if math.isnan(half) else f" +- {100 * half:.{digits}f}"
-    return "-" if math.isnan(value) else f"{100 * value:.{digits}f}{interval}"
+    interval = "" if np.isnan(half) else f" +- {100 * half:.{digits}f}"
+    return "-" if np.isnan(value) else f"{100 * value:.{digits}f}{interval}"
 
 
 def markdown(rows):
@@ -335,40 +295,39 @@ def markdown(rows):
 
 
 def report_text(runs, per_class=True):
-    """Markdown: a column for each run of measure(), with intervals; sides confused; comparisons."""
+    """Markdown: a column for each run of measure(), comparisons, a table of classes for each."""
     classes, frames = runs[0]["classes"], runs[0]["split"].frames
-    names, mirror, groups = classes["names"], classes["mirror"], classes["groups"]
-    totals = [run["confusions"].sum(0).numpy() for run in runs]
-    figures = [scores(confusion) for confusion in totals]
-    halves = [bootstrap(run["confusions"], frames) for run in runs]
-    rows = [["%", *(run["name"] for run in runs)]]
-    rows += [[title, *(percent(f[key], half[key]) for f, half in zip(figures, halves))]
-             for key, title in FIGURES.items()
-             if names[0].lower() == "background" or not key.startswith("body")]
-    if mirror != sorted(mirror):
-        swapped = [sum(c[a, b] for a, b in enumerate(mirror) if a != b) for c in totals]
-        rows += [["left and right confused, of wrong pixels", *(
-            percent(s / max(c.sum() - c.trace(), 1)) for s, c in zip(swapped, totals))]]
-    rows += [[f"accuracy: {group}", *(percent(group_accuracies(f, groups)[group]) for f in figures)]
-             for group in groups]
-    rows += [[key, *(run["cost"][key] for run in runs)] for key in runs[0]["cost"]]
+    names, mirror, columns, tables = classes["names"], classes["mirror"], [], []
+    for run in runs:
+        confusion = run["confusions"].sum(0).numpy()
+        figures, halves = scores(confusion), bootstrap(run["confusions"], frames)
+        column = {"%": run["name"]}
+        for key, title in FIGURES.items():
+            if names[0].lower() == "background" or not key.startswith("body"):
+                column[title] = percent(figures[key], halves[key])
+        if mirror != sorted(mirror):
+            swapped = sum(confusion[a, b] for a, b in enumerate(mirror) if a != b)
+            wrong = max(confusion.sum() - confusion.trace(), 1)
+            column["left and right confused, of wrong pixels"] = percent(swapped / wrong)
+        for group, accuracy in group_accuracies(figures, classes["groups"]).items():
+            column[f"accuracy: {group}"] = percent(accuracy)
+        columns.append(column | run["cost"])
+        cells = zip(names, *(map(percent, figures[key]) for key in (
+            "iou", "class_f1", "class_precision", "recall")))
+        tables.append([(f"{run['name']}, %", "IoU", "F1", "precision", "accuracy"), *cells])
     lines = [f"**{source_note(classes)}**: {len(frames)} images of {runs[0]['split'].folder}, "
-             f"{len(set(map(clip_of, frames)))} clips; {runs[0]['machine']}\n", markdown(rows),
+             f"{len(set(map(clip_of, frames)))} clips; {runs[0]['machine']}\n",
+             markdown([[title, *(column[title] for column in columns)] for title in columns[0]]),
              "+-: half the 95 % interval over other clips. Another training seed is not in it."]
     for one, other in itertools.combinations(runs, 2):
         points = percent(*paired_difference(one["confusions"], other["confusions"], frames), 2)
-        lines += [f"{one['name']} against {other['name']}: {points} points of mIoU, same clips."]
-    for run, f in zip(runs, figures) if per_class else ():
-        values = zip(names, f["iou"], f["class_f1"], f["class_precision"], f["recall"])
-        head = [f"{run['name']}, %", "IoU", "F1", "precision", "accuracy"]
-        lines += ["\n" + markdown([head] + [[name, *map(percent, row)] for name, *row in values])]
-    return "\n".join(lines)
+        lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, same clips.")
+    return "\n".join(lines + ["\n" + markdown(table) for table in tables if per_class])
 
 
 def group_accuracies(figures, groups):
     """{column: mean accuracy of its classes}, the 13 columns of the paper's Tables 2 and 5."""
-    with warnings.catch_warnings(action="ignore"):          # the mean of nothing is NaN
-        return {name: float(np.nanmean(figures["recall"][ids])) for name, ids in groups.items()}
+    return {group: float(np.nanmean(figures["recall"][ids])) for group, ids in groups.items()}
 
 
 def source_note(classes):
@@ -386,8 +345,8 @@ def colours(labels, palette):
 def draw_grid(path, rows, classes, ids):
     """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
     across, (height, width) = len(rows[0][1]), rows[0][1][0].shape[:2]
-    sheet = figure.Figure((2.3 * across + 1, 2.3 * len(rows) * height / width + 1.3), dpi=110,
-                          layout="constrained")
+    inches = 2.3 * across + 1, 2.3 * len(rows) * height / width + 1.3
+    sheet = figure.Figure(inches, dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
     for line, (name, pictures, titles) in zip(grid, rows):
         line[0].set_ylabel(name)
@@ -401,34 +360,30 @@ def draw_grid(path, rows, classes, ids):
 
 
 def draw_examples(path, runs):
-    """Photos, ground truth and one row a network, for the two best, median and worst images by
-    their own mIoU (mean over the networks)."""
+    """The two images with the best, median and worst mIoU: photo, truth, a row for each network."""
     own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
     order, N = np.argsort(-own.mean(0), kind="stable"), own.shape[1]
-    frames = order[sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))]
-    batch, classes, blank = runs[0]["split"][frames], runs[0]["classes"], [""] * len(frames)
+    chosen = order[sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))]
+    batch, classes, blank = runs[0]["split"][chosen], runs[0]["classes"], [""] * len(chosen)
     rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), blank),
             ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), blank)]
-    for run, values in zip(runs, own):
-        prediction, _ = run["predict"](run["split"][frames]["images"], batch["labels"].shape[1:])
-        rows += [(run["name"], colours(prediction.cpu().numpy(), classes["palette"]),
-                  [f"mIoU {percent(value)} %" for value in values[frames]])]
+    for run, values in zip(runs, own[:, chosen]):
+        prediction, _ = run["predict"](run["split"][chosen]["images"], batch["labels"].shape[1:])
+        rows.append((run["name"], colours(prediction.cpu().numpy(), classes["palette"]),
+                     [f"mIoU {percent(value)} %" for value in values]))
     draw_grid(path, rows, classes, range(len(classes["names"])))
 
 
 def draw_confusion(path, run):
-    """The confusion matrix in percent of each true class, with the names."""
+    """The confusion matrix in percent of each true class."""
     confusion, names = run["confusions"].sum(0).numpy(), run["classes"]["names"]
-    share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    sheet = figure.Figure((3 + 0.36 * len(names),) * 2, layout="constrained")
+    sheet = figure.Figure((3 + 0.2 * len(names),) * 2, layout="constrained")
     axes = sheet.subplots()
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=150)      # so that no number lies on dark blue
+    share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    sheet.colorbar(axes.imshow(share, cmap="Blues"), label="% of the pixels of the true class")
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true",
-             title=f"% of the pixels of each true class ({source_note(run['classes'])})")
-    for row, column in np.argwhere(share >= 0.5):
-        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=7)
+    axes.set(xlabel="predicted", ylabel="true", title=source_note(run["classes"]))
     sheet.savefig(path)
 
 
@@ -448,18 +403,18 @@ def segment(file, predict, size, out):
     labels.save(out / f"{file.name}-labels.png")
 
 
-# ---- Devices, checkpoints, errors
+# ---- Devices, checkpoints, errors, command line
 
 def pick_device(name="auto", precision="auto"):
-    """(torch.device, "fp32" or "bf16"). auto: CUDA where there is one, and bf16 where the hardware
-    multiplies it; elsewhere it would be slower. Raises Problem for a device that is missing."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    """(torch.device, "fp32" or "bf16"). auto: CUDA, and bf16, where the hardware has them."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=auto if name == "auto" else name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    able = torch.cpu.get_capabilities()
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")      # elsewhere bf16 would be slower
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     return device, precision if precision != "auto" else "bf16" if fast else "fp32"
@@ -469,34 +424,30 @@ def find_checkpoint(path="runs", name="best.pt"):
     """The file `path`, or the newest `name` in that folder. Raises Problem for none."""
     found = [Path(path)] if Path(path).is_file() else list(Path(path).rglob(name))
     if not found:
-        raise Problem(f"there is no checkpoint {path}: train a network first (python train.py "
-                      "--model icnet --quick), or name another")
-    return max(found, key=lambda file: file.stat().st_mtime)
+        raise Problem(f"there is no checkpoint {path}: train one (python train.py --help)")
+    return max(found, key=os.path.getmtime)
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py and its network in eval(), on the CPU. weights_only: no code in the
-    file is run. Raises Problem for a file that is missing, damaged or something else."""
+def load_checkpoint(path, device="cpu"):
+    """(checkpoint of train.py, its network in eval()). Raises Problem for a file that is damaged or
+    something else. weights_only: no code in the file is run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network = MODELS[checkpoint["model"]](**checkpoint["kwargs"])
         network.load_state_dict(checkpoint["weights"])
-        return checkpoint, network.eval()
+        return checkpoint, network.eval().to(device, memory_format=torch.channels_last)
     except Exception as error:          # a garbled file can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise Problem(f"{path} is no usable checkpoint of train.py ({reason}): try best.pt or "
-                      "last.pt beside it") from error
+        raise Problem(f"{path} is no usable checkpoint of train.py ({reason})") from error
 
 
-TROUBLE = {     # words of an exception, and what they mean to a user
-    "dataloader": "the processes that read images died or hang; they hand batches over through shared "
-                  "memory (/dev/shm), which may be too small here: try --workers 0",
-    "alloc": "out of memory: try a smaller --batch-size or --size",
-    "out of memory": "out of memory: try a smaller --batch-size or --size",
-    "gloo": "another process of this run ended; what it said stands above or below",
-    "distbackend": "another process of this run ended; what it said stands above or below",
-    "writing file": "a checkpoint cannot be written: is the disk full? The last one is whole",
-}
+SHARED = shutil.disk_usage("/dev/shm").total / 2 ** 20 if os.path.isdir("/dev/shm") else 0
+TROUBLE = {     # words in an exception, and what they mean to a user
+    "dataloader": "the processes that read images died or hang. They hand images over in /dev/shm "
+                  f"({SHARED:.1f} MiB here): try --workers 0",
+    "alloc|out of memory|memoryerror": "out of memory: try a smaller --batch-size or --size",
+    "gloo|distbackend": "another process of this run ended; its message is above or below",
+    "writing file": "a checkpoint cannot be written: is the disk full? The last one is whole"}
 
 
 def run_command(program, function):
@@ -505,17 +456,18 @@ def run_command(program, function):
     status, message = 2, None
     try:
         status = function()
+        sys.stdout.flush()
     except BrokenPipeError:             # of "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         status, message = 130, "stopped by Ctrl-C"
+    except (Problem, OSError) as error:
+        message = error
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".lower()
-        message = next((said for words, said in TROUBLE.items() if words in text), None)
-        if isinstance(error, (Problem, OSError)):
-            message = str(error)
-        if message is None:
+        known = [TROUBLE[words] for words in TROUBLE if re.search(words, repr(error), re.I)]
+        if not known:
             raise
+        message = known[0]
     finally:
         for child in multiprocessing.active_children():
             child.kill()                # workers ignore gentler signals
@@ -524,81 +476,70 @@ def run_command(program, function):
     sys.exit(status)
 
 
-# ---- Command line
-
 class Parser(argparse.ArgumentParser):
     """argparse with the machine's options, errors of one line, and no abbreviations."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-                         **settings)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False, **settings)
         add = self.add_argument_group("machine").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
             help="auto: bf16 where the hardware has it, in half the time and memory")
-        add("--workers", type=int, default=1, help="processes that read images; 0: none but this one")
+        add("--workers", type=int, default=1, help="processes that read images; 0: only this one")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def build_predictor(path, args):
-    """(checkpoint, Predictor) on args.device."""
-    device, precision = pick_device(args.device, args.precision)
-    checkpoint, model = load_checkpoint(path)
-    return checkpoint, Predictor(model.to(device, memory_format=torch.channels_last),
-                                 checkpoint["classes"], device, precision,
-                                 checkpoint["logit_weights"])
+def cost(predict, size):
+    """{row of the report: cell}: what the network costs at evaluation."""
+    with FlopCounterMode(display=False) as flops:           # counts 2 for a multiply-add
+        predict(torch.zeros(1, 3, size, size, dtype=torch.uint8), (size, size))
+    used = sum(value.numel() for name, value in predict.model.named_parameters()
+               if not name.startswith(getattr(predict.model, "training_only", ())))
+    return {"image size": size, "parameters, million": f"{used / 1e6:.2f}",
+            "multiply-adds an image, billion": f"{flops.get_total_flops() / 2e9:.2f}"}
 
 
 def measure(path, args, split, data=None, raw=False):
-    """One checkpoint on one split: a dictionary of what reports and pictures need. raw: direct
-    weighting as its authors read it, the argmax of x from a network that trained on x w."""
-    checkpoint, predict = build_predictor(path, args)
-    data, size = data or checkpoint["settings"]["data"], checkpoint["settings"]["size"]
-    classes, trained = read_classes(data), predict.classes
+    """One checkpoint on one split: what reports and pictures need. raw: direct weighting as its
+    authors read it, the argmax of x from a network that trained on x w."""
+    device, precision = pick_device(args.device, args.precision)
+    checkpoint, network = load_checkpoint(path, device)
+    data, trained = data or checkpoint["settings"]["data"], checkpoint["classes"]
+    classes, size = read_classes(data), checkpoint["settings"]["size"] or trained["size"]
     if classes["names"] != trained["names"]:
         raise Problem(f"{data} has other classes ({', '.join(classes['names'])[:40]}) than {path} "
                       f"({', '.join(trained['names'])[:40]}): name other data with --data")
-    if raw:
-        predict.logit_weights = None
-    frames = Split(data, split, classes, size or trained["size"])
+    weights = None if raw else checkpoint["logit_weights"]
+    predict = Predictor(network, trained, device, precision, weights)
+    frames = Split(data, split, classes, size)
+    figures = cost(predict, frames.size)
+    start = time.perf_counter()
+    confusions, _ = evaluate_split(predict, frames, args.batch_size, args.workers)
+    figures["images/s, reading included"] = f"{len(confusions) / (time.perf_counter() - start):.1f}"
     name = path.resolve().parent.name if path.name in ("best.pt", "last.pt") else path.stem
     return dict(name=name + ", argmax of x" * raw, predict=predict, split=frames, classes=classes,
-                machine=f"{predict.device}, {predict.precision}, {args.batch_size} images at a time",
-                confusions=evaluate_split(predict, frames, args.batch_size, args.workers)[0],
-                cost=cost(predict, frames.size, args.batch_size))
-
-
-def parse(argv=None):
-    parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--ckpt", nargs="*", default=["runs"], metavar="PATH", help="checkpoints or folders of runs, "
-        "of which the newest best.pt is taken; several are compared")
-    add("--images", nargs="+", type=Path, default=[], metavar="PATH", help="pictures or folders of "
-        "pictures to segment")
-    add("--data", default="", metavar="DIR", help="prepared folder, if not the one trained on")
-    add("--split", choices=("train", "val", "test"), default="test", help="frames to measure on")
-    add("--per-class", action="store_true", help="print the figures of every class too")
-    add("--out", default="", metavar="DIR", help="folder for the results, if not the run's own, "
-        "runs/comparison or runs/pictures")
-    add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
-    return parser.parse_args(argv)
+                machine=f"{device}, {precision}, {args.batch_size} images at a time",
+                confusions=confusions, cost=figures)
 
 
 def segment_all(args, path):
-    """Segments args.images; a broken picture costs itself alone, and the exit status is 1 then."""
-    files = [file for path in args.images for file in (
-        [path / name for name in pictures_in(path).values()] if path.is_dir() else [path])]
+    """Segments args.images. A broken picture costs only itself; the exit status is 1 then."""
+    files = [Path(file) for path in args.images for file in pictures_in(path) or [path]]
     missing = [str(file) for file in files if not file.is_file()]
-    if missing or not files:
-        raise Problem(f"there is no picture {', '.join(missing or map(str, args.images))}")
-    checkpoint, predict = build_predictor(path, args)
+    if missing:
+        raise Problem(f"there is no picture {', '.join(missing)}")
+    device, precision = pick_device(args.device, args.precision)
+    checkpoint, network = load_checkpoint(path, device)
+    classes, weights = checkpoint["classes"], checkpoint["logit_weights"]
+    predict = Predictor(network, classes, device, precision, weights)
     out, status = Path(args.out or "runs/pictures"), 0
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         try:
-            segment(file, predict, checkpoint["settings"]["size"] or 320, out)
+            segment(file, predict, checkpoint["settings"]["size"] or classes["size"], out)
             print(f"{file}: {out / file.name}-overlay.png, -labels.png")
         except Problem as problem:
             print(problem)
@@ -608,7 +549,17 @@ def segment_all(args, path):
 
 def main(argv=None):
     """Returns the exit status, or raises what run_command explains."""
-    args = parse(argv)
+    parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--ckpt", nargs="*", default=["runs"], metavar="PATH",
+        help="checkpoints, several are compared; of a folder, its newest best.pt is taken")
+    add("--images", nargs="+", type=Path, metavar="PATH", help="pictures or folders to segment")
+    add("--data", metavar="DIR", help="prepared folder, if not the one trained on")
+    add("--split", choices=("train", "val", "test"), default="test", help="frames to measure on")
+    add("--per-class", action="store_true", help="print the figures of every class too")
+    add("--out", metavar="DIR", help="folder for results, if not beside the checkpoint or in runs/")
+    add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
+    args = parser.parse_args(argv)
     paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
     if args.images:
         return segment_all(args, paths[0])
@@ -616,10 +567,9 @@ def main(argv=None):
     runs += [measure(path, args, args.split, args.data, raw=True)
              for path, run in zip(paths, runs) if run["predict"].logit_weights]
     if len({run["split"].folder for run in runs}) > 1:
-        raise Problem("these networks were trained on different data: name with --data what to "
-                      "measure them on")
-    own = paths[0].parent if paths[0].name == "best.pt" else Path("runs") / paths[0].stem
-    out = Path(args.out or (own / args.split if len(paths) == 1 else "runs/comparison"))
+        raise Problem("these networks were trained on different data: choose one with --data")
+    usual = paths[0].parent / args.split if len(paths) == 1 else "runs/comparison"
+    out = Path(args.out or usual)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report_text(runs), encoding="utf-8")
     draw_examples(out / "examples.png", runs)

@@ -6,17 +6,17 @@ of (seed, t) alone, so a run that was killed continues exactly where it stopped.
 Differs from the authors' code: a mirror swaps left and right, factors of scale are drawn
 log-uniformly (there uniformly), and class heads start at the classes' prior.
 """
-import argparse
-import csv
+import contextlib
 import functools
 import inspect
-import math
+import io
 import os
 import shutil
 import signal
 import sys
 import time
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,8 @@ def class_weights(counts, scheme):
 
     counts: (K,) float64, label pixels of each class in the train split, all above 0.
     scheme: "w1" = 1 - C_i / sum(C), or "w2" = B exp(-(B - mean B) / (4 std B)) with B = max(C) / C
-    and the population std, scaled to max 1, without which SGD at 0.01 diverges. In the paper's data
-    W2 makes an error on the background cost 1/350 of one on a toe.
+    and the population std, scaled to max 1, without which SGD at 0.01 diverges. With W2 an error on
+    the background costs 1/350 of one on a toe in the paper's data.
     """
     if scheme == "w1":
         return (1 - counts / counts.sum()).float()
@@ -65,12 +65,12 @@ class Criterion:
         self.pixels = torch.tensor(classes["pixels"], dtype=torch.float64, device=device)
         absent = [name for name, count in zip(classes["names"], classes["pixels"]) if count == 0]
         if absent and self.form:
-            raise Problem(f"--weighting {weighting} needs pixels of every class, and there are none "
-                          f"of {', '.join(absent)}: leave the option out, or add frames")
+            raise Problem(f"--weighting {weighting} needs pixels of every class, and there are none"
+                          f" of {', '.join(absent)}: leave the option out, or add frames")
 
     def pixels_and_weights(self, K, levels=None):
-        """(K,) each, of the K classes to which levels maps the ids: pixels add up, then come weights
-        (None without weighting)."""
+        """(K,) each, of the K classes to which levels maps the ids: pixels are added up before the
+        weights are formed. Weights are None without weighting."""
         pixels = self.pixels
         if levels is not None:
             pixels = torch.zeros_like(pixels[:K]).index_add_(0, levels, pixels)
@@ -78,8 +78,8 @@ class Criterion:
 
     def prior(self, K, levels=None):
         """(K,) biases with which softmax gives each class its share p of the train split's pixels:
-        log p, log(w p) under outer weights, log p / w under direct ones. Undecided heads take some
-        hundred steps to find that out (Lin et al., arXiv 1708.02002, Section 4.1)."""
+        log p, log(w p) under outer weights, log p / w under direct ones. Heads that start without
+        them learn p in some hundred steps (Lin et al., arXiv 1708.02002, Section 4.1)."""
         pixels, weights = self.pixels_and_weights(K, levels)
         logs = torch.log((pixels + 1) / (pixels + 1).sum())     # + 1: no class is impossible
         if self.form == "direct":
@@ -88,7 +88,7 @@ class Criterion:
 
     def totals(self, logits, labels, levels=None):
         """Summed loss (float32 scalar) and number of pixels that count (int64 scalar).
-        logits (B, K, H, W) any float dtype, labels (B, H', W') uint8, levels (K',) int64 or None."""
+        logits (B, K, H, W) of any float dtype, labels (B, H', W') uint8, levels (K',) int64."""
         if labels.shape[-2:] != logits.shape[-2:]:          # nearest-exact samples cell centres
             labels = F.interpolate(labels[:, None], logits.shape[-2:], mode="nearest-exact")[:, 0]
         target = labels.long().flatten()
@@ -116,18 +116,16 @@ class Criterion:
 # ---- Frames and augmentation: functions of (seed, step)
 
 def frame_order(frames, batch_size, seed, start, steps):
-    """Yields the frames (indices) of each step from `start` on: epochs in fresh random order, end
-    to end, cut in batches. A batch larger than the set runs on into the next epoch."""
+    """Yields each step's list of frame indices: epochs in random order, joined, cut in batches."""
     epoch = functools.lru_cache(2)(
         lambda number: np.random.default_rng([seed, 0, number]).permutation(frames))
     for step in range(start, steps):
-        places = range(step * batch_size, (step + 1) * batch_size)
-        yield [int(epoch(place // frames)[place % frames]) for place in places]
+        positions = range(step * batch_size, (step + 1) * batch_size)
+        yield [int(epoch(position // frames)[position % frames]) for position in positions]
 
 
 def draw_augmentation(seed, step, batch_size, augment):
-    """Random numbers for the whole batch of a step: mirror (B,) bool; scale (B,) in 0.5 to 2; place
-    (B, 2) in 0 to 1: where the enlarged picture is cut, or in the frame the shrunken one lies."""
+    """mirror (B,) bool, scale (B,) in 0.5 to 2 and place (B, 2) in 0 to 1 for a step's batch."""
     rng = np.random.default_rng([seed, 1, step])
     mirror = torch.from_numpy(rng.random(batch_size) < 0.5)
     scale = torch.from_numpy(2 ** rng.uniform(-1, 1, batch_size)).float()
@@ -138,9 +136,8 @@ def draw_augmentation(seed, step, batch_size, augment):
 
 
 def mirror_batch(images, labels, joints, chosen, classes, swap=True):
-    """Flips the chosen samples. A mirrored left hand is a right hand, so ids and joints swap sides
-    (swap=False leaves them, as the authors' code did).
-    images (B, 3, H, W), labels (B, H, W) uint8, joints (B, J, 2) or None, chosen (B,) bool."""
+    """Flips the chosen (B,) bool samples of images (B, 3, H, W), labels (B, H, W), joints (B, J, 2)
+    or None. A mirrored left hand is a right hand, so ids and joints swap sides, if `swap`."""
     flipped = labels.flip(-1)
     if swap:
         table = torch.arange(IGNORE + 1, dtype=torch.uint8)
@@ -151,8 +148,8 @@ def mirror_batch(images, labels, joints, chosen, classes, swap=True):
         moved = joints[:, torch.tensor(list(order)).to(joints.device, non_blocking=True)]
         moved[..., 0] = images.shape[-1] - 1 - moved[..., 0]
         joints = torch.where(chosen[:, None, None], moved, joints)
-    return (torch.where(chosen[:, None, None, None], images.flip(-1), images),
-            torch.where(chosen[:, None, None], flipped, labels), joints)
+    images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
+    return images, torch.where(chosen[:, None, None], flipped, labels), joints
 
 
 def scale_batch(images, labels, joints, scale, place):
@@ -176,8 +173,7 @@ def scale_batch(images, labels, joints, scale, place):
 
 
 def prepare_batch(batch, step, args, classes, rank=0, world=1):
-    """A loaded batch (this process's share), augmented and normalised, on its device: images
-    (B, 3, H, W) float32 channels last, and a batch with the labels and joints to match."""
+    """Augments and normalises a loaded batch: images (B, 3, H, W) float32, labels and joints."""
     images, labels = batch["images"], batch["labels"]
     joints = batch["joints"] if args.joints == "surreal" else None
     mirror, scale, place = (draw[rank::world].to(images.device, non_blocking=True) for draw in
@@ -194,8 +190,7 @@ def prepare_batch(batch, step, args, classes, rank=0, world=1):
 # ---- The loop
 
 def learning_rate(args, step):
-    """Of step t of T. poly: lr (1 - t/T)^power; step: lr factor^(t // every); constant: lr; each
-    after a linear rise over `warmup` steps."""
+    """That of a step, by the recipe's schedule and after a linear rise over `warmup` steps."""
     rate = args.lr * min(1, (step + 1) / max(args.warmup, 1))
     if args.schedule == "poly":
         rate *= (1 - step / args.iterations) ** args.power
@@ -208,23 +203,25 @@ def train(args, run_dir, checkpoint=None):
     """Trains one network into the folder run_dir, from step 0 or from a checkpoint of that run."""
     # 1. Processes: this one is `rank` of `world`; the first validates, reports and writes.
     rank, world, device, precision = join_processes(args)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+    report = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
 
-    # 2. Data: frames to train on, and a choice of frames to measure that no seed changes.
-    classes = read_data(args, rank)
-    training = Split(args.data, "train", classes, args.size, labels_at_size=True)
+    # 2. Data: frames to train on, and both splits to measure.
+    classes, training = read_data(args, rank)
     measured = [Split(args.data, split, classes, args.size) for split in ("train", "val")]
-    check_data(args, classes, training)
 
     # 3. Network, loss and optimiser. Weight decay acts on convolution kernels alone.
     torch.manual_seed(args.seed)
-    options = network_options(args, classes)
+    known = inspect.signature(MODELS[args.model]).parameters    # options of the same name
+    options = {name: value for name, value in vars(args).items() if name in known}
+    options["num_classes"] = len(classes["names"])
+    if args.joints == "surreal":
+        options["num_joints"] = len(classes["joint_mirror"])
     network = MODELS[args.model](**options).to(device, memory_format=torch.channels_last)
     criterion = Criterion(classes, args.weighting, device)
     for head, levels in getattr(network, "heads", ()):
         head.bias.data.copy_(criterion.prior(len(head.bias), levels))
     if args.init_from and checkpoint is None:
-        say(start_from(network, args.init_from, classes))
+        report(start_from(network, args.init_from, classes))
     if world > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -237,6 +234,10 @@ def train(args, run_dir, checkpoint=None):
     # 4. Where the run stands. last.pt is the run: nothing else is needed to continue it.
     start, best, rows = 0, -1.0, []
     if checkpoint:
+        if checkpoint["classes"]["names"] != classes["names"]:
+            raise Problem(f"{args.data} has other classes than {run_dir}")
+        if args.schedule == "poly" and args.iterations != checkpoint["settings"]["iterations"]:
+            report(f"Note: the learning rate now falls to 0 at step {args.iterations}.")
         start, best, rows = checkpoint["step"], checkpoint["best_miou"], checkpoint["rows"]
         network.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -245,10 +246,11 @@ def train(args, run_dir, checkpoint=None):
     predict = Predictor(network, classes, device, precision, direct)
 
     def save(name, step):
+        buffer = io.BytesIO()                               # a full disk then has a plain error
         torch.save(dict(model=args.model, kwargs=options, weights=network.state_dict(),
                         optimizer=optimizer.state_dict(), step=step, best_miou=best, rows=rows,
-                        classes=classes, settings=vars(args), logit_weights=direct),
-                   run_dir / "new.pt")
+                        classes=classes, settings=vars(args), logit_weights=direct), buffer)
+        (run_dir / "new.pt").write_bytes(buffer.getbuffer())
         os.replace(run_dir / "new.pt", run_dir / name)      # whole, or not there
 
     def train_mode(step):
@@ -257,28 +259,27 @@ def train(args, run_dir, checkpoint=None):
             norm.train(step >= args.bn_after)               # frozen ones keep their statistics
 
     if rank == 0 and checkpoint is None:
+        run_dir.mkdir(parents=True)                         # of two processes, one succeeds
         save("last.pt", 0)
-    say(f"{args.model}, {sum(p.numel() for p in network.parameters()):,} parameters, {precision} on "
-        f"{device}, into {run_dir}; steps {start:,} to {args.iterations:,} of {args.batch_size} of "
-        f"{len(training.frames):,} images at {training.size} pixels, {classes['source']}")
-    for name, weight in zip(classes["names"], () if weights is None else weights.tolist()):
-        say(f"class weight {weight:.4f} {name}")
+    size = sum(p.numel() for p in network.parameters())
+    report(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}; steps "
+           f"{start} to {args.iterations}, each {args.batch_size} of {len(training.frames)} images "
+           f"at {training.size} pixels, {classes['source']}")
+    if weights is not None:
+        report("class weights:", *(f"{weight:.4f}" for weight in weights.tolist()))
     if args.compile:
         network.compile()                                   # in place: weights keep their names
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
     torch.backends.cudnn.benchmark = True
-    stop = []                                               # a signal ends the loop after its step
-    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
-        signal.signal(number, lambda number, _: stop.append(number))
-
-    # 5. The loop.
     order = frame_order(len(training.frames), args.batch_size, args.seed, start, args.iterations)
     chunks = (chunk[rank::world] for chunk in order)
     batches = evaluate.stream(training, chunks, args.workers, device)
+    bar = tqdm(total=args.iterations, initial=start, unit="step", disable=True if rank else None)
+
+    # 5. The loop.
     train_mode(start)
     since, began = start, time.perf_counter()
-    quiet = True if rank else None                          # None: without a terminal
-    with tqdm(total=args.iterations, initial=start, unit="step", disable=quiet) as bar:
+    with bar, catch_signals(world) as stop:
         for step, loaded in enumerate(batches, start):
             images, batch = prepare_batch(loaded, step, args, classes, rank, world)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -298,38 +299,37 @@ def train(args, run_dir, checkpoint=None):
             if step == args.bn_after:
                 train_mode(step)
             due = step % args.val_every == 0 or step == args.iterations
-            if step % 10 == 0 or due or stop:               # looking at the loss waits for a GPU
-                check_finite(main.item(), step, run_dir)
-                bar.set_postfix_str(f"loss {main.item():.3f}, best mIoU {percent(max(best, 0))} %")
+            if step % 10 and not due and not stop:          # looking at the loss waits for a GPU
+                continue
+            loss = main.item()
             if due and rank == 0:
                 speed = (step - since) * args.batch_size / (time.perf_counter() - began)
                 rows.append(dict(step=step, **validate(predict, measured, args),
                                  lr=learning_rate(args, step - 1), images_per_s=speed))
-                check_finite(rows[-1]["val_loss"], step, run_dir)
+                loss += rows[-1]["val_loss"]
+            if not np.isfinite(loss):
+                raise Problem(f"the loss at step {step} is {loss}: try a lower --lr. {run_dir} "
+                              "holds what was saved before")
+            if due and rank == 0:
                 if rows[-1]["val_miou"] > best:
                     best = rows[-1]["val_miou"]
                     save("best.pt", step)
                 write_log(run_dir, rows, evaluate.source_note(classes))
             if (due or stop) and rank == 0:
                 save("last.pt", step)
+            bar.set_postfix_str(f"loss {main.item():.3f}, best mIoU {percent(max(best, 0))} %")
             if due:
                 train_mode(step)
                 since, began = step, time.perf_counter()
             if stop:
-                say(f"Stopped after step {step}, saved. To go on: python train.py --resume {run_dir}")
+                print(f"Stopped after step {step}. To continue: python train.py --resume {run_dir}")
                 sys.exit(128 + stop[0])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def check_finite(loss, step, run_dir):
-    if not math.isfinite(loss):
-        raise Problem(f"the loss at step {step} is {loss}: try a lower --lr. {run_dir} keeps what it "
-                      "had before")
+    if world > 1:
+        dist.barrier()                                      # last.pt is whole for every process
 
 
 def validate(predict, measured, args):
-    """Figures of the train and val split, on the same --val-images frames of each every time, never
-    augmented. The loss is the unweighted one, so that runs with different weights compare."""
+    """Figures of fixed frames of train and val, with the unweighted loss, which compares runs."""
     predict.model.eval()
     unweighted, row = Criterion(predict.classes), {}
     for i, (name, split) in enumerate(zip(("train", "val"), measured)):
@@ -337,17 +337,15 @@ def validate(predict, measured, args):
         confusions, row[f"{name}_loss"] = evaluate.evaluate_split(
             predict, split, min(16, args.batch_size), args.workers, sorted(chosen), unweighted)
         figures = evaluate.scores(confusions.sum(0))
-        for key in ("miou", "accuracy", "f1", "body_f1"):
-            row[f"{name}_{key}"] = float(figures[key])
+        row |= {f"{name}_{key}": float(figures[key])
+                for key in ("miou", "accuracy", "f1", "body_f1")}
     return row
 
 
 def write_log(run_dir, rows, note):
-    """log.csv and curves.png, for people: the run itself goes on from last.pt."""
-    with open(run_dir / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    """log.csv and curves.png, for people: the run itself is continued from last.pt."""
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    (run_dir / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     draw_curves(run_dir / "curves.png", {run_dir.name: rows}, note)
     tqdm.write("step {step:6d}  loss {train_loss:.4f} / {val_loss:.4f}  mIoU {train_miou:.1%} / "
                "{val_miou:.1%} (train / val)  {images_per_s:.1f} images/s".format(**rows[-1]))
@@ -368,48 +366,36 @@ def draw_curves(path, runs, note):
     sheet.savefig(path)
 
 
-# ---- What the loop stands on: data, network, processes, signals
+# ---- What the loop stands on: data, first weights, processes, signals
 
 def read_data(args, rank):
-    """The classes of args.data, which the first process renders or counts while the others wait."""
+    """Classes and train split. The first process makes and checks them while the others wait."""
     if rank:
         dist.barrier()
     args.data = args.data or ("data/surreal" if Path("data/surreal").exists() else "data/standin")
     if args.data == "data/standin" and not Path("data/standin/classes.json").exists():
-        print("There is no data/surreal: rendering the stand-in, once; its people are made up, and "
+        print("There is no data/surreal: rendering the stand-in, once. Its people are made up, and "
               "figures on it are not SURREAL's.", flush=True)
-        import prepare_surreal                              # whoever has data does not need it
+        import prepare_surreal                              # not needed by those who have data
         if prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
             raise Problem("the stand-in could not be rendered (see above)")
     classes = evaluate.read_classes(args.data, count=True)
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return classes
-
-
-def check_data(args, classes, training):
-    """Raises Problem where the data cannot serve the options."""
+    training = Split(args.data, "train", classes, args.size, labels_at_size=True)
     if training.size % 32:
-        raise Problem(f"{args.data} has images of {training.size} pixels, no multiple of 32: add --size")
+        raise Problem(f"{args.data} has {training.size} pixels, no multiple of 32: give --size")
     if args.coarse_to_fine and classes["names"] != NAMES:
         raise Problem(f"--coarse-to-fine is for SURREAL's 25 classes, and {args.data} has others")
     if args.joints == "surreal" and (training.joints is None or not classes["joint_mirror"]):
-        raise Problem(f"{args.data} lacks train/joints.npz or the joint_mirror of classes.json: "
-                      "--joints centroids takes the centres of the parts")
-
-
-def network_options(args, classes):
-    """The keyword arguments of the model's class: the options of the same name."""
-    known = inspect.signature(MODELS[args.model]).parameters
-    joints = dict(num_joints=len(classes["joint_mirror"])) if args.joints == "surreal" else {}
-    return {name: getattr(args, name) for name in known if hasattr(args, name)} | dict(
-        num_classes=len(classes["names"]), **joints)
+        raise Problem(f"{args.data} has no joints or joint_mirror: use --joints centroids")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return classes, training
 
 
 def start_from(network, path, classes):
-    """Copies the tensors of a checkpoint that fit `network` by name and shape; the heads stay out
-    where the classes are others. Returns a sentence. Raises Problem where nothing fits."""
-    checkpoint, own = evaluate.load_checkpoint(path)[0], network.state_dict(keep_vars=True)
+    """Copies the tensors that fit by name and shape; heads only where the classes are the same."""
+    checkpoint, _ = evaluate.load_checkpoint(evaluate.find_checkpoint(path))
+    own = network.state_dict(keep_vars=True)
     same = checkpoint["classes"]["names"] == classes["names"]
     heads = {id(p) for head, _ in getattr(network, "heads", ()) for p in head.parameters()}
     taken = {name: value for name, value in checkpoint["weights"].items() if name in own
@@ -425,16 +411,33 @@ def join_processes(args):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     several = world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
-    device, precision = evaluate.pick_device(f"cuda:{local}" if several else args.device,
-                                             args.precision)
+    name = f"cuda:{local}" if several else args.device
+    device, precision = evaluate.pick_device(name, args.precision)
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))     # a validation takes long
     return rank, world, device, precision
 
 
-# ---- The study (paper, Section 3.1): the better one goes on
+@contextlib.contextmanager
+def catch_signals(world):
+    """Yields the list that gets the first Ctrl-C or SIGTERM; the second one ends the process."""
+    def note(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()     # several cannot agree
+    stop, before = [], [signal.signal(number, note) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+# ---- The study (paper, Section 3.1): the better one of each comparison is developed further
 
 # Published mIoU, accuracy and F1 in percent. F1 is that of body against background but for SegNet,
 # where it is the mean over classes. The hourglass's figures are the final thesis's.
@@ -449,200 +452,211 @@ PUBLISHED = {
 
 
 def study(args, out):
-    """The paper's protocol for one network, as ordinary runs in `out`: normal or doubled; the
-    better augmented; the better of those with each weighting (SegNet: outer only, as in Table 5); the best
-    for --final-iterations; the test split. Hourglass: plain, coarse-to-fine, joint head. Finished
-    runs are only measured again, others continue. Writes report.md and curves.png."""
+    """The paper's protocol as ordinary runs in `out`: normal or doubled; the better one augmented;
+    the better one of these with each weighting (SegNet: outer ones, Table 5); the best one for
+    longer, and on the test split. Finished runs are measured again, others are continued."""
+    rank, world, *_ = join_processes(args)
+    classes, training = read_data(args, rank)
     runs, decisions = {}, []
 
     def row(name, **changes):
         run_dir = out / "-".join(name.replace(" +", "").replace(",", "").split())
-        settings, checkpoint = Namespace(**vars(args) | changes), None
+        settings, checkpoint = Namespace(**vars(args) | dict(study=False) | changes), None
         if (run_dir / "last.pt").exists():
-            checkpoint = evaluate.load_checkpoint(run_dir / "last.pt")[0]
+            checkpoint, _ = evaluate.load_checkpoint(run_dir / "last.pt")
         if not checkpoint or checkpoint["step"] < settings.iterations:
-            print(f"\n--- {name} ({run_dir})", flush=True)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            train(settings, run_dir, checkpoint)
-        runs[name] = evaluate.measure(run_dir / "best.pt", args, "val") | dict(
-            name=name, run_dir=run_dir, changes=changes)
+            train(settings, run_dir, checkpoint)            # which prints the row's folder
+        figures = evaluate.measure(run_dir / "best.pt", args, "val") if rank == 0 else {}
+        runs[name] = figures | dict(name=name, run_dir=run_dir, changes=changes)
         return runs[name]
 
     def better(old, new):
-        difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
-                                                      new["split"].frames)
+        result = [None]
+        if rank == 0:
+            result = [evaluate.paired_difference(new["confusions"], old["confusions"],
+                                                 new["split"].frames)]
+        if world > 1:
+            dist.broadcast_object_list(result)              # the first process decides for all
+        difference, half = result[0]
         winner = new if difference > 0 else old
         chance = ", which may be chance" if abs(difference) < half else ""
         decisions.append(f"- {new['name']} against {old['name']}: {percent(difference, half, 2)} "
-                         f"points of mIoU{chance}. On goes **{winner['name']}**.")
+                         f"points of mIoU{chance}. The study goes on with **{winner['name']}**.")
         return winner
 
     if args.model == "hourglass":
-        best = better(row("plain"), row("coarse-to-fine", coarse_to_fine=True))
-        best = better(best, row("joint head", joints="centroids"))
+        best = row("plain")
+        if classes["names"] == NAMES:
+            best = better(best, row("coarse-to-fine", coarse_to_fine=True))
+        known = training.joints is not None and classes["joint_mirror"]
+        best = better(best, row("joint head", joints="surreal" if known else "centroids"))
     else:
-        base = better(row("normal"), row("doubled", width=2.0))
+        base = row("normal")
+        if "width" in inspect.signature(MODELS[args.model]).parameters:
+            base = better(base, row("doubled", width=2.0))
         base = best = better(base, row(f"{base['name']} + augmentation", **base["changes"],
                                        augment=["mirror", "scale"]))
         for weighting in WEIGHTINGS[1:]:
             if args.model != "segnet" or weighting.endswith("outer"):
                 best = better(best, row(f"{base['name']} + {weighting}", **base["changes"],
                                         weighting=weighting))
-    final = best if args.final_iterations == args.iterations else row(
-        f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
-    test = evaluate.measure(final["run_dir"] / "best.pt", args, "test")
-
-    key = "f1" if args.model == "segnet" else "body_f1"
-    table = [["%", "mIoU", "published", "accuracy", "published", "F1", "published"]]
-    for name, run in [*runs.items(), ("test", test)]:
-        figures = evaluate.scores(run["confusions"].sum(0))
-        ours = (percent(figures[kind]) for kind in ("miou", "accuracy", key))
-        cells = zip(ours, PUBLISHED.get(args.model, {}).get(name, "---"))
-        table.append([name, *(cell for pair in cells for cell in pair)])
-    raw = [evaluate.measure(run["run_dir"] / "best.pt", args, "val", raw=True)
-           for run in runs.values() if run["predict"].logit_weights]
+    if args.final_iterations != args.iterations:
+        best = row(f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
+    if rank:
+        return
+    test = evaluate.measure(best["run_dir"] / "best.pt", args, "test")
+    published = PUBLISHED.get(args.model, {"unknown": "---"}).items()
     text = "\n".join([
-        f"# The study of {args.model}\n\nSeed {args.seed}, {args.iterations:,} steps of "
-        f"{args.batch_size} images (final: {args.final_iterations:,}), val split. Published: SURREAL, "
-        f"40,000 steps (90,000; hourglass: 150,000). F1: {evaluate.FIGURES[key]}.\n",
-        evaluate.markdown(table), *decisions, "\n![curves](curves.png)\n",
-        evaluate.report_text([*runs.values(), *raw], per_class=False), "",
-        evaluate.report_text([test])])
+        f"# The study of {args.model}, seed {args.seed}\n", *decisions, "\n![curves](curves.png)\n",
+        evaluate.markdown([["published, %", "mIoU", "accuracy", "F1"],
+                           *([name, *figures] for name, figures in published)]),
+        evaluate.report_text([*runs.values()], per_class=False), "", evaluate.report_text([test])])
     (out / "report.md").write_text(text, encoding="utf-8")
-    rows = {name: evaluate.load_checkpoint(run["run_dir"] / "last.pt")[0]["rows"]
+    logs = {name: evaluate.load_checkpoint(run["run_dir"] / "last.pt")[0]["rows"]
             for name, run in runs.items()}
-    draw_curves(out / "curves.png", rows, evaluate.source_note(final["classes"]))
+    draw_curves(out / "curves.png", logs, evaluate.source_note(classes))
     print(text)
 
 
 # ---- Command line
 
-# What --quick puts in the place of the paper's values: small crops and few iterations.
+# What --quick puts in the place of the paper's values: seven minutes on two cores, chosen by trial.
+SHORT = dict(optimizer="AdamW", weight_decay=0.01, schedule="poly", power=1.0, warmup=100,
+              batch_size=8, val_images=200, augment=["mirror"])
 QUICK = {
-    "icnet": dict(size=160, batch_size=8, iterations=3000, val_every=500, val_images=200, lr=0.3,
-                  augment=["mirror"]),
-    "segnet": dict(size=96, batch_size=8, iterations=800, val_every=200, val_images=200, lr=1e-3),
-    "hourglass": dict(size=128, batch_size=8, iterations=600, val_every=100, val_images=100,
-                      lr=1e-3, stacks=2, features=96, stem_stride=4, joints_from=1,
-                      joints_modules=1),
+    "icnet": SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
+    "segnet": SHORT | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
+    "hourglass": SHORT | dict(size=96, lr=0.005, iterations=4500, val_every=750, stacks=1,
+                               features=128, stem_stride=4, joints_from=1, joints_modules=1),
 }
-DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, val_every=200, val_images=500, data="",
-                init_from="", out="", resume="")
-MAY_CHANGE = ("workers", "device", "precision", "compile", "iterations", "final_iterations", "out",
-              "resume", "quick", "model", "study")
+DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
+                val_images=500, data="", init_from="", out="", resume="")   # of recipes, options
+MAY_CHANGE = ("workers", "device", "precision", "compile", "iterations", "out", "resume")
+STUDIED = ("width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints")
 
 
 def build_parser():
-    def each(key):
-        values = (f"{name} {kind.recipe.get(key, DEFAULTS.get(key))}" for name, kind in MODELS.items())
-        return f"(default: {', '.join(values)})"
-
     parser = evaluate.Parser(prog="train.py", description=__doc__.split("\n\n")[0])
+    if int(os.environ.get("RANK", 0)):
+        parser.error = lambda message: sys.exit(2)      # the first process says what is wrong
     parser.add_argument("--model", choices=sorted(MODELS), default=SUPPRESS, help="the network")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default=SUPPRESS, help="prepared folder; else data/surreal, else the stand-in, rendered "
-        "on first use")
-    add("--size", type=int, default=0, help="images are resized to this multiple of 32; 0: as prepared")
+    add("--data", default=SUPPRESS, help="prepared folder; else data/surreal or data/standin")
+    add("--size", type=int, default=0, help="side of the images, a multiple of 32; 0: as prepared")
     add = parser.add_argument_group("network").add_argument
-    add("--double-filters", action="store_true", help="--width 2: four times the parameters")
-    add("--width", type=float, default=1.0, help="factor on every layer's filters")
-    add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: SegNet-Basic or SegNet")
-    add("--stacks", type=int, default=4, help="hourglass: modules in a row")
+    add("--double-filters", action="store_true", help="twice the filters, the same as --width 2")
+    add("--width", type=float, default=1.0, help="factor on the number of filters of every layer")
+    add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
+    add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")
     add("--features", type=int, default=256, help="hourglass: channels of a module")
     add("--stem-stride", type=int, choices=(1, 2, 4), default=1,
-        help="hourglass: 1 works at full resolution (paper), 4 at 1/4 with 1/16 of time and memory")
-    add("--coarse-to-fine", action="store_true", help="hourglass: 2, 6, 12, 25 classes in turn")
+        help="hourglass: 1 works at full resolution, 4 at a quarter in 1/16 of time and memory")
+    add("--coarse-to-fine", action="store_true", help="hourglass: 2, 6, 12, then 25 classes")
     add("--joints", choices=("none", "surreal", "centroids"), default="none",
-        help="hourglass: a branch learns the data's joints or the parts' centres, in training only")
-    add("--joints-from", type=int, default=2, help="hourglass: the module that feeds the branch")
-    add("--joints-modules", type=int, default=2, help="hourglass: modules of the branch")
-    add("--checkpoint-activations", action="store_true",
-        help="hourglass: a third of the memory at --stem-stride 1, for 1.3 of the time")
+        help="hourglass: a training branch finds the data's joints or the centres of the parts")
+    add("--joints-from", type=int, default=2, help="hourglass: module that feeds that branch")
+    add("--joints-modules", type=int, default=2, help="hourglass: modules of the joints' branch")
+    add("--checkpoint-activations", action="store_true", help="hourglass: less memory, more time")
     add = parser.add_argument_group("loss and augmentation").add_argument
     add("--weighting", choices=WEIGHTINGS, default="none",
-        help="W1 (1 - frequency) or W2 (exponential), on the loss (outer) or the logits (direct)")
+        help="class weights: 1 - frequency (w1) or exponential (w2), on the loss or on the logits")
     add("--augment", nargs="*", choices=("mirror", "scale", "naive-mirror", "none"), default=[],
-        help="alone: mirror and scale (0.5 to 2); naive-mirror leaves left and right as they are")
+        help="alone: mirror and scale; naive-mirror does not swap the labels of left and right")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iterations", type=int, default=SUPPRESS, help=f"steps {each('iterations')}")
-    add("--batch-size", type=int, default=SUPPRESS,
-        help=f"images a step, over all processes {each('batch_size')}")
-    add("--lr", type=float, default=SUPPRESS, help=f"learning rate {each('lr')}")
-    add("--val-every", type=int, default=SUPPRESS,
-        help=f"steps from one validation and checkpoint to the next {each('val_every')}")
-    add("--val-images", type=int, default=SUPPRESS,
-        help=f"frames of train and val measured then {each('val_images')}")
-    add("--bn-after", type=int, default=0, help="steps for which batch normalisation stays frozen")
-    add("--init-from", default=SUPPRESS, metavar="CKPT", help="start from what fits of this checkpoint")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    for name, kind, text in (("iterations", int, "training steps"),
+                             ("batch-size", int, "images in a step, over all processes"),
+                             ("lr", float, "first learning rate"),
+                             ("val-every", int, "steps between validations, and checkpoints"),
+                             ("val-images", int, "images of train and of val in a validation")):
+        values = (f"{model} {(DEFAULTS | network.recipe)[name.replace('-', '_')]}"
+                  for model, network in MODELS.items())
+        add(f"--{name}", type=kind, default=SUPPRESS, help=f"{text} (default: {', '.join(values)})")
+    add("--bn-after", type=int, default=0, help="steps before batch normalisation starts to learn")
+    add("--init-from", default=SUPPRESS, metavar="CKPT", help="start with a checkpoint's weights")
+    add("--seed", type=int, default=0, help="of first weights, order of images and augmentation")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile, for GPUs")
     add = parser.add_argument_group("run").add_argument
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile: faster steps on a GPU after some minutes; a CPU gains nothing")
-    add("--out", default=SUPPRESS, help="run folder; else runs/ and the options that were given")
-    add("--resume", nargs="?", const="runs", default=SUPPRESS, metavar="DIR", help="continue this run, or "
-        "the newest; with --model the run of these options, which starts if there is none yet")
-    add("--quick", action="store_true", help="smaller defaults: minutes on a laptop's CPU")
-    add("--study", action="store_true", help="the paper's protocol for this network, as runs in "
-        "runs/<model>-study; the same command continues it")
-    add("--final-iterations", type=int, default=0, help="--study: steps of its last run; 0: 90000")
+    add("--out", default=SUPPRESS, help="run folder; else runs/, named after the options")
+    add("--resume", nargs="?", const="runs", default=SUPPRESS, metavar="DIR",
+        help="continue a run (the newest); with --model, start it where there is none")
+    add("--quick", action="store_true", help="other defaults: some minutes on a laptop's CPU")
+    add("--study", action="store_true", help="the paper's series of runs, in runs/<model>-study")
+    add("--final-iterations", type=int, default=0, help="of a study's last run; 0: as the paper")
     return parser
 
 
 def parse(argv):
-    """(options, run folder, checkpoint to go on from or None). A wrong option ends the process."""
+    """(options, run folder, checkpoint to continue or None). A wrong option ends the process."""
     parser = build_parser()
-    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))    # keeps defaults out
+    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))    # hides the defaults
     given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items()
              if value is not None}
-    model, checkpoint = given.get("model"), None
-    run_dir = Path(given.get("out", f"runs/{model}-study" if "study" in given else run_name(given)))
-    if "resume" in given:
-        if given["resume"] != "runs" or not (model or "out" in given):
-            run_dir = Path(given["resume"])
-        if not model or run_dir.is_file() or (run_dir / "last.pt").is_file():
-            path = evaluate.find_checkpoint(run_dir, "last.pt")
-            checkpoint, run_dir = evaluate.load_checkpoint(path)[0], path.parent
-            parser.set_defaults(**checkpoint["settings"])
-    elif not model:
-        parser.error(f"--model is missing: {', '.join(sorted(MODELS))}")
-    if not checkpoint:
+    model, study, checkpoint = given.get("model"), "study" in given, None
+    run_dir = Path(given.get("out", f"runs/{model}-study" if study else run_name(given)))
+    try:
+        if "resume" in given and not study:
+            if given["resume"] != "runs" or not (model or "out" in given):
+                run_dir = Path(given["resume"])
+            if not model or run_dir.is_file() or (run_dir / "last.pt").is_file():
+                path = evaluate.find_checkpoint(run_dir, "last.pt")
+                checkpoint, run_dir = evaluate.load_checkpoint(path)[0], path.parent
+        elif not model:
+            raise Problem(f"--model is missing: {', '.join(sorted(MODELS))}")
+        elif run_dir.exists() and not study:
+            raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts another")
         quick = QUICK.get(model, {}) if "quick" in given else {}
-        parser.set_defaults(**DEFAULTS | MODELS[model].recipe | quick)
-    args = parser.parse_args(argv)
-
-    own = inspect.signature(MODELS[args.model]).parameters
-    for kind in MODELS.values():
-        for name in (inspect.signature(kind).parameters.keys() - own.keys()) & given.keys():
-            parser.error(f"--{name.replace('_', '-')} is no option of {args.model}: leave it out")
-    if "double_filters" in given and "width" in given:
-        parser.error("--double-filters is --width 2: give one of the two")
-    if args.size % 32:
-        parser.error(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
-    if args.joints_from > args.stacks and args.joints != "none":
-        parser.error(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world or args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
-                     f"{args.batch_size // world * world + world} can")
-    args.width = 2.0 if args.double_filters else args.width
-    if "augment" in given or args.study:
-        chosen = given.get("augment", ["none"]) or ["mirror", "scale"]
-        args.augment = [kind for kind in chosen if kind != "none"]
-    if args.study and not args.final_iterations:
-        args.final_iterations = 2 * args.iterations if args.quick else 90000
-        if args.model == "hourglass":
-            args.final_iterations = args.iterations
-    if checkpoint and args.schedule == "poly" and "iterations" in given:
-        print(f"Note: with {args.iterations} iterations the learning rate goes on as if they had been "
-              "chosen from the start, since poly falls to 0 at the last step.")
+        other = dict(optimizer_args={}) if "optimizer" in quick else {}     # not the recipe's
+        fresh = DEFAULTS | MODELS[model].recipe | other | quick if not checkpoint else {}
+        parser.set_defaults(**fresh or checkpoint["settings"])
+        args = parser.parse_args(argv)
+        if "double_filters" in given:
+            args.width = 2.0
+        if "augment" in given or study:
+            chosen = given.get("augment", ["none"]) or ["mirror", "scale"]
+            args.augment = [kind for kind in chosen if kind != "none"]
+        if study and not args.final_iterations:     # the hourglass's best run is the last one
+            long = 2 * args.iterations if args.quick else 90000
+            args.final_iterations = args.iterations if model == "hourglass" else long
+        check_options(args, given, checkpoint)
+    except Problem as problem:
+        parser.error(str(problem))
     return args, run_dir, checkpoint
+
+
+def check_options(args, given, checkpoint):
+    """Raises Problem for options that do not go together."""
+    own = inspect.signature(MODELS[args.model]).parameters.keys()
+    others = set().union(*(inspect.signature(kind).parameters for kind in MODELS.values())) - own
+    for name in given:
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        stored = checkpoint["settings"][name] if checkpoint else value
+        if value != stored and name not in (*MAY_CHANGE, "data"):
+            raise Problem(f"{option} was {stored} when this run began: leave it out")
+        if name in others or args.study and name in STUDIED:
+            raise Problem(f"{option} is no option of {args.model} or of --study: leave it out")
+        if name in ("batch_size", "iterations", "val_every", "val_images") and value < 1:
+            raise Problem(f"{option} {value} is less than 1")
+    if {"double_filters", "width"} <= given.keys():
+        raise Problem("--double-filters is --width 2: give one of the two")
+    if args.size % 32:
+        raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
+    if (args.coarse_to_fine or args.study) and args.stacks == 1:
+        raise Problem("coarse-to-fine labels need --stacks 2 or more: a single module learns all")
+    if args.joints_from > args.stacks and (args.joints != "none" or args.study):
+        raise Problem(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise Problem(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
+                      f"{args.batch_size // world * world + world} can")
+    if args.init_from and not checkpoint:
+        evaluate.load_checkpoint(evaluate.find_checkpoint(args.init_from))
 
 
 def run_name(given):
     """"runs/segnet-double-filters": the model, quick, and the other options that were given."""
     words = [str(given.get("model"))] + ["quick"] * ("quick" in given)
     for name, value in given.items():
-        if name not in MAY_CHANGE:
+        if name not in (*MAY_CHANGE, "model", "quick"):
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [name.replace("_", "-"), *(Path(str(value)).name for value in values)]
     return "runs/" + "-".join(words)
@@ -652,24 +666,16 @@ def start(argv):
     """From the command line to a finished run. Returns the exit status."""
     args, run_dir, checkpoint = parse(argv)
     first = int(os.environ.get("RANK", 0)) == 0
-    if args.init_from:
-        evaluate.load_checkpoint(args.init_from)            # before anything is rendered
     if args.quick and first:
-        print("--quick:", QUICK.get(args.model), "where no option says otherwise")
-    if args.study:
-        study(args, run_dir)
-        return 0
-    if first and not checkpoint:
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:
-            raise Problem(f"{run_dir} is there already: --resume {run_dir} goes on, --out DIR starts "
-                          "elsewhere") from None
+        print("--quick:", QUICK.get(args.model, "the same"), "where no option says otherwise")
     try:
-        train(args, run_dir, checkpoint)
-    except Exception:
-        if first and not checkpoint and not (run_dir / "best.pt").exists():
-            shutil.rmtree(run_dir)      # nothing was learned: the same command can be repeated
+        if args.study:
+            study(args, run_dir)
+        else:
+            train(args, run_dir, checkpoint)
+    except (Problem, RuntimeError):         # nothing was learned: the command can be repeated
+        if first and not (checkpoint or args.study or (run_dir / "best.pt").exists()):
+            shutil.rmtree(run_dir, ignore_errors=True)
         raise
     return 0
 

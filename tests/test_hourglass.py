@@ -1,13 +1,16 @@
 """The stacked hourglass: its size, its two experiments, and that every configuration learns."""
+import re
+
 import numpy as np
 import pytest
-from scipy import ndimage
 import torch
-from torch import nn
 import torch.nn.functional as F
+from scipy import ndimage
+from torch import nn
 
 import hourglass
-from hourglass import StackedHourglass
+import tiny
+from hourglass import StackedHourglass, print_stages
 
 TINY = dict(stacks=2, features=16, stem_stride=4, joints_from=1, joints_modules=2)
 KINDS = {"plain": {}, "coarse": dict(coarse_to_fine=True), "surreal": dict(joints="surreal"),
@@ -17,15 +20,6 @@ KINDS = {"plain": {}, "coarse": dict(coarse_to_fine=True), "surreal": dict(joint
          "alone": dict(stacks=1, coarse_to_fine=True, joints="centroids"),
          "full resolution": dict(stem_stride=1), "half": dict(stem_stride=2, joints="surreal"),
          "narrow": dict(width=0.55)}
-
-
-def criterion(logits, labels, levels=None):
-    """Mean cross-entropy over the labels that are not 255, as train.py's without weights."""
-    assert logits.dtype == torch.float32 and logits.shape[-2:] == labels.shape[-2:]
-    target = labels.long()
-    if levels is not None:
-        target = F.pad(levels, (0, 256 - len(levels)), value=255)[target]
-    return F.cross_entropy(logits, target, ignore_index=255)
 
 
 def build(**options):
@@ -46,49 +40,27 @@ def make_batch(size=64, count=2):
     return images, {"labels": labels, "joints": joints}
 
 
-def gradients(model, images, batch, precision=None):
+def gradients(model, images, batch, precision="fp32"):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         outputs = model(images)
-    total, main = model.loss(outputs, batch, criterion)
+    total, main = model.loss(outputs, batch, tiny.criterion)
     total.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}, total, main
 
 
-def test_size_of_the_papers_network():
+@pytest.mark.parametrize("options, millions, gmac, bottleneck", [
+    ({}, 12.87, 349, "(256, 20, 20)"), (dict(stem_stride=4), 12.87, 23, "(256, 5, 5)"),
+    (dict(width=2), 4 * 12.84, 4 * 347.2, "(512, 20, 20)")])
+def test_stages_and_their_totals(options, millions, gmac, bottleneck, capsys):
     with torch.device("meta"):
-        model, doubled = StackedHourglass(), StackedHourglass(width=2)
-    count = sum(p.numel() for p in model.parameters())
-    assert abs(count / 12.87e6 - 1) < 0.01
-    assert 3.9 < sum(p.numel() for p in doubled.parameters()) / count < 4.01
-    assert doubled.stem[0].out_channels == 128 and doubled.stages[3].predict.in_channels == 512
-    assert model.stem[0].stride == (1, 1) and not any(
-        isinstance(m, nn.MaxPool2d) for m in model.stem.modules())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_gets_a_gradient(kind):
-    model = build(**KINDS[kind])
-    grads, total, main = gradients(model, *make_batch())
-    assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
-    assert total.shape == main.shape == () and total.item() > 0
-    assert set(model.classifiers) == {f"{name}." for name, _ in model.named_modules() if
-                                      name.split(".")[-1] in ("predict", "reinject_prediction")}
-
-
-def test_loss_is_the_sum_of_what_each_module_owes():
-    images, batch = make_batch()
-    model = build(coarse_to_fine=True, joints="surreal", joints_weight=0.5)
-    logits, maps = model(images)
-    assert [x.shape for x in logits] == [(2, 2, 64, 64), (2, 25, 64, 64)]
-    assert [x.shape for x in maps] == [(2, 24, 16, 16)] * 2
-    total, main = model.loss((logits, maps), batch, criterion)
-    body = torch.where(batch["labels"] == 255, 255, (batch["labels"] > 0).long())
-    first = F.cross_entropy(logits[0], body, ignore_index=255)
-    last = F.cross_entropy(logits[1], batch["labels"].long(), ignore_index=255)
-    place = (batch["joints"] + 0.5) / 4 - 0.5
-    heat = sum(hourglass.heat_map_loss(x, place, 6.4 / 320 * 64 / 4) for x in maps)
-    torch.testing.assert_close(main, last)
-    torch.testing.assert_close(total, first + last + 0.5 * heat)
+        print_stages(StackedHourglass(**options), 320)
+    lines = capsys.readouterr().out.splitlines()
+    counts = [[int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:weights|MAC)", line)]
+              for line in lines]
+    assert counts[-1][0] / 1e6 == pytest.approx(millions, rel=0.005)
+    assert counts[-1][1] / 1e9 == pytest.approx(gmac, rel=0.02)
+    assert counts[-1][1] == sum(work for _, work in counts[:-1])
+    assert bottleneck in next(line for line in lines if line.startswith("bottom"))
 
 
 @pytest.mark.parametrize("stride", (1, 2, 4))
@@ -100,52 +72,58 @@ def test_evaluation_takes_any_size(stride, size):
     assert logits.shape == (2, 25, *size) and logits.dtype == torch.float32
 
 
-def test_training_refuses_odd_sizes():
-    with pytest.raises(ValueError, match="48x64"):
-        build()(torch.zeros(1, 3, 48, 64))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_gets_a_gradient(kind):
+    grads, *_ = gradients(build(**KINDS[kind]), *make_batch())
+    assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
 
 
-@pytest.mark.parametrize("options, words", (
-    (dict(coarse_to_fine=True, num_classes=24), "24"), (dict(stem_stride=3), "3"),
-    (dict(joints="surreal", joints_from=3), "1 to 2"), (dict(joints="all"), "'all'"),
-    (dict(stacks=0), "stacks"), (dict(joints="surreal", joints_modules=0), "joints_modules"),
-    (dict(joints="centroids", num_classes=1), "num_joints")))
-def test_impossible_networks_are_refused_by_name(options, words):
-    with pytest.raises(ValueError, match=words):
-        build(**options)
+def test_loss_is_the_sum_of_what_each_module_owes():
+    (images, batch), model = make_batch(), build(coarse_to_fine=True, joints="surreal")
+    logits, maps = model(images)
+    assert [x.shape for x in logits] == [(2, 2, 64, 64), (2, 25, 64, 64)]
+    assert [x.shape for x in maps] == [(2, 24, 16, 16)] * 2
+    total, main = model.loss((logits, maps), batch, tiny.criterion)
+    body = torch.where(batch["labels"] == 255, 255, (batch["labels"] > 0).long())
+    first = F.cross_entropy(logits[0], body, ignore_index=255)
+    last = F.cross_entropy(logits[1], batch["labels"].long(), ignore_index=255)
+    moved = (batch["joints"] + 0.5) / 4 - 0.5
+    heat = sum(hourglass.heat_map_loss(x, moved, 6.4 / 320 * 64 / 4) for x in maps)
+    torch.testing.assert_close(main, last)
+    torch.testing.assert_close(total, first + last + heat)
 
 
-def test_levels_partition_the_classes_and_refine_one_another():
-    tables = [hourglass.level_table(level) for level in range(4)]
-    assert [len(table.unique()) for table in tables] == [2, 6, 12, 25]
-    for table in tables:
-        assert table[0] == 0 and (table[1:] > 0).all() and table.max() + 1 == len(table.unique())
-    for coarse, fine in zip(tables, tables[1:]):  # a finer class has one coarser
-        assert len(set(zip(coarse.tolist(), fine.tolist()))) == len(fine.unique())
-    same = lambda level, *parts: len({tables[level][part].item() for part in parts}) == 1
-    assert same(1, *range(17, 25)) and same(1, 2, 3, 5, 6, 8, 9, 11, 12) and same(1, 1, 4)
-    assert same(2, 17, 19) and not same(2, 17, 18) and same(2, 13, 16) and not same(2, 2, 3)
-    assert tables[3].tolist() == list(range(25))
+def test_enlarging_is_bilinear_and_each_module_corrects_the_one_before():
+    model = build(width=0.5).eval()
+    row = model.enlarge(torch.tensor([0., 4.]).expand(1, 1, 2, 2))[0, 0, 0]
+    assert row.tolist() == [0, 0, 0.5, 1.5, 2.5, 3.5, 4, 4]
+    stage, x = model.stages[0], torch.randn(1, 8, 16, 16)
+    prediction, following = stage(x)
+    following = following - x - stage.reinject_prediction(prediction)
+    torch.testing.assert_close(following, stage.reinject_features(stage.features(x)))
+    stage.features, stage.last = nn.Identity(), True
+    assert torch.equal(stage(x)[0], stage.predict(x))
+
+
+def test_levels_are_those_of_the_authors():
+    groups = [[{*range(1, 25)}],
+              [{13, 16}, {7, 10, 14, 15}, {1, 4}, {*range(17, 25)}, {2, 3, 5, 6, 8, 9, 11, 12}],
+              [{13, 16}, {8, 11}, {9, 12}, {21, 23}, {22, 24}, {17, 19}, {18, 20}, {2, 5}, {3, 6},
+               {7, 10, 14, 15}, {1, 4}], [{part} for part in range(1, 25)]]
+    for level, members in enumerate(groups):
+        table = hourglass.level_table(level)
+        found = [{*(table == k).nonzero().flatten().tolist()} for k in range(len(members) + 1)]
+        assert found == [{0}, *members] and hourglass.NAMES == tiny.NAMES
 
 
 @pytest.mark.parametrize("stacks, ids", ((1, [25]), (2, [2, 25]), (3, [2, 12, 25]),
                                          (4, [2, 6, 12, 25]), (8, [2, 2, 6, 6, 12, 12, 25, 25])))
 def test_levels_are_spread_over_the_stacks(stacks, ids):
     model = build(stacks=stacks, coarse_to_fine=True)
-    assert [stage.predict.out_channels for stage in model.stages] == ids
-    assert [table.max().item() + 1 for table in model.levels] == ids
-    assert not any("levels" in name for name in model.state_dict())
-
-
-def test_look_up_on_a_hand_made_map():
-    labels = torch.tensor([[0, 16, 13, 255], [8, 11, 9, 24]], dtype=torch.uint8)
-    body, groups, parts, full = hourglass.level_maps(labels, 4)
-    assert body.tolist() == [[0, 1, 1, 255], [1, 1, 1, 1]]
-    assert groups.tolist() == [[0, 16, 16, 255], [2, 2, 2, 17]]
-    assert parts.tolist() == [[0, 16, 16, 255], [8, 8, 9, 22]]
-    assert full.equal(labels)
-    inside = labels[labels < 255].long()
-    assert hourglass.level_table(2)[inside].tolist() == [0, 1, 1, 2, 2, 3, 5]
+    assert [(head.out_channels, levels.max().item() + 1) for head, levels in model.heads] == [
+        (count, count) for count in ids]
+    assert [head for head, _ in model.heads] == [stage.predict for stage in model.stages]
+    assert [levels for _, levels in build(stacks=2).heads] == [None, None]
 
 
 def test_centroids_of_a_hand_made_map():
@@ -154,12 +132,10 @@ def test_centroids_of_a_hand_made_map():
     labels[0, 3, 0] = labels[0, 0, 4] = 3               # two far corners
     labels[1, :, 0] = 255
     labels[1, 2:, 3:] = 2
-    centres = hourglass.centroids(labels, 4)
-    assert centres.shape == (2, 3, 2) and centres.dtype == torch.float32
     expected = torch.full((2, 3, 2), torch.nan)
     expected[0, 0], expected[0, 2] = torch.tensor([2.5, 1.0]), torch.tensor([2.0, 1.5])
     expected[1, 1] = torch.tensor([3.5, 2.5])
-    torch.testing.assert_close(centres, expected, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(hourglass.centroids(labels, 4), expected, equal_nan=True)
     noise = np.random.default_rng(0).integers(0, 25, (320, 320)).astype(np.uint8)
     wanted = np.array(ndimage.center_of_mass(np.ones_like(noise), noise, range(1, 25)))[:, ::-1]
     found = hourglass.centroids(torch.from_numpy(noise)[None], 25)[0]
@@ -172,114 +148,69 @@ def test_heat_maps_peak_at_the_joint_to_the_pixel():
     maps, counts = hourglass.heat_maps(joints, 16, 32, 2.0)
     assert maps.shape == (1, 6, 16, 32) and maps.isfinite().all()
     assert counts.tolist() == [[True, True, False, False, True, False]]
-    peak = lambda j: divmod(maps[0, j].argmax().item(), 32)
-    assert (peak(0), peak(1), peak(4)) == ((7, 3), (1, 30), (15, 31))
-    assert maps[0, 0, 7, 3] == 1
+    peaks = [divmod(maps[0, j].argmax().item(), 32) for j in (0, 1, 4)]
+    assert peaks == [(7, 3), (1, 30), (15, 31)] and maps[0, 0, 7, 3] == 1
     assert abs(maps[0, 0, 9, 3].item() - np.exp(-0.5)) < 1e-6           # one spread below
     assert abs(maps[0, 0, 7, 7].item() - np.exp(-2.0)) < 1e-6           # two to the right
 
 
 def test_only_joints_that_count_cost_anything():
     joints = torch.tensor([[[30.0, 30.0], [torch.nan, 3.0], [70.0, 3.0]]])
-    loss_of = lambda maps, joints: hourglass.heat_map_loss(maps, joints, 3.0)
     maps = torch.full((1, 3, 64, 64), -6.0, requires_grad=True)
-    loss = loss_of(maps, joints)
+    loss = hourglass.heat_map_loss(maps, joints, 3.0)
     # log(1 + e^-6) everywhere, and 6 for each pixel under the Gaussian, whose sum is 2 pi 9
     assert abs(loss.item() - (6 + 64 * 64 * np.log1p(np.exp(-6)) / (18 * np.pi))) < 1e-3
     loss.backward()
     assert maps.grad[0, 0].any() and not maps.grad[0, 1:].any()
     perfect = hourglass.heat_maps(joints, 64, 64, 3.0)[0].logit(1e-6)
-    assert abs(loss_of(perfect, joints).item() - np.pi ** 2 / 6) < 0.02
-    assert loss_of(maps, joints[:, 1:2].expand(1, 3, 2)) == 0
+    assert abs(hourglass.heat_map_loss(perfect, joints, 3.0).item() - np.pi ** 2 / 6) < 0.02
+    assert hourglass.heat_map_loss(maps, joints[:, 1:2].expand(1, 3, 2), 3.0) == 0
 
 
 def test_evaluation_does_not_need_the_joint_branch():
-    model, bare = build(joints="surreal"), build(stacks=2)
-    weights = model.state_dict()
-    bare.load_state_dict({name: value for name, value in weights.items()
-                          if not name.startswith(model.training_only)})
+    model, bare = build(joints="surreal").eval(), build().eval()
+    bare.load_state_dict({name: value for name, value in model.state_dict().items()
+                          if not name.startswith(StackedHourglass.training_only)})
+    model.joint_stages = None                               # computing them would fail
     images = make_batch()[0]
-    broken = build(joints="surreal")
-    broken.load_state_dict({
-        name: value * torch.nan if name.startswith(model.training_only) else value
-        for name, value in weights.items()})
-    with torch.no_grad():
-        logits = model.eval()(images)
-        assert logits.equal(bare.eval()(images)) and logits.equal(broken.eval()(images))
+    assert torch.equal(model(images), bare(images))
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
-@pytest.mark.parametrize("frozen", (False, True))
-def test_recomputed_activations_change_nothing(precision, frozen):
-    images, batch = make_batch()
+def test_recomputed_activations_change_nothing_and_keep_less(precision):
+    (images, batch), kept = make_batch(), []
     options = dict(joints="centroids", coarse_to_fine=True, stem_stride=2)
-    plain, again = build(**options), build(**options, checkpoint_activations=True)
-    start = {name: value.clone() for name, value in plain.named_buffers()}
-    for model in (plain, again):
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.train(not frozen)
-    for _ in range(2):
-        expected, total, _ = gradients(plain, images, batch, precision)
-        found, same, _ = gradients(again, images, batch, precision)
-    assert total.equal(same)
-    assert [name for name in expected if not expected[name].equal(found[name])] == []
-    buffers = dict(again.named_buffers())
-    assert all(value.equal(buffers[name]) for name, value in plain.named_buffers())
-    changed = [name for name in start if not start[name].equal(buffers[name])]
-    assert frozen == (changed == [])
+    models = [build(**options, checkpoint_activations=again) for again in (False, True)]
 
+    def measure(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
 
-def test_recomputing_keeps_less():
-    images = make_batch()[0]
-
-    def held(model):
-        """Bytes that wait for the backward pass; a tensor saved twice counts once."""
+    for model in models:        # bytes that wait for the backward pass; a tensor counts once
         storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
             outputs = model(images)
-        return sum(storages.values()) if outputs else 0
-
-    plain, again = (held(build(stem_stride=1, checkpoint_activations=flag))
-                    for flag in (False, True))
-    assert again < plain / 3
+        kept.append(sum(storages.values()))
+    assert outputs and kept[1] < kept[0] / 3
+    (expected, total, _), (found, same, _) = (gradients(model, images, batch, precision)
+                                              for model in models)
+    assert total.equal(same) and all(expected[name].equal(found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", ("plain", "coarse", "surreal", "centroids"))
-def test_one_batch_is_overfitted(kind):
-    images, batch = make_batch(64)
+def test_it_learns_one_batch_and_bf16_agrees(kind):
+    (images, batch), history = make_batch(), []
     model = build(features=32, joints_modules=1, **KINDS[kind])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images)[0][-1]
+    assert F.cosine_similarity(rounded.flatten(), model(images)[0][-1].flatten(), dim=0) > 0.95
     optimizer = torch.optim.RMSprop(model.parameters(), lr=3e-3)
-    history = []
-    for _ in range(70):
-        outputs = model(images)
-        total, main = model.loss(outputs, batch, criterion)
+    for _ in range(50):
+        total, main = model.loss(model(images), batch, tiny.criterion)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         history.append([total.item(), main.item()])
-    logits, maps = outputs
-    counted = batch["labels"] < 255
-    accuracy = (logits[-1].argmax(1) == batch["labels"])[counted].float().mean().item()
-    assert accuracy > 0.9 and history[-1][1] < 0.2 * history[0][1]
-    extra = [total - main for total, main in (history[0], history[-1])]  # the branch's, mostly
+    assert history[-1][1] < 0.2 * history[0][1]
+    extra = [total - main for total, main in (history[0], history[-1])]     # the branch's, mostly
     assert extra[1] < 0.5 * extra[0]
-
-
-def test_prints_its_stages(capsys, monkeypatch):
-    words = "hourglass.py --size 64 --features 16 --stacks 2 --joints surreal"
-    monkeypatch.setattr("sys.argv", words.split())
-    hourglass.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "stage", "stem", "stages.0", "stages.1", "joint_stages.0", "joint_stages.1", "total"]
-    assert "in training only" in lines[4] and "25 x 64 x 64" in lines[-1]
-    monkeypatch.setattr("sys.argv", "hourglass.py --coarse-to-fine --num-classes 7".split())
-    with pytest.raises(SystemExit) as stopped:
-        hourglass.main()
-    assert stopped.value.code == 2 and "25 classes" in capsys.readouterr().err
