@@ -493,7 +493,7 @@ def study(args, out):
     else:
         base = row("normal")
         if "width" in inspect.signature(MODELS[args.model]).parameters:
-            base = better(base, row("doubled", width=2.0))
+            base = better(base, row("doubled", width=2 * args.width))
         base = best = better(base, row(f"{base['name']} + augmentation", **base["changes"],
                                        augment=["mirror", "scale"]))
         for weighting in WEIGHTINGS[1:]:
@@ -544,7 +544,7 @@ def build_parser():
     add("--data", default=SUPPRESS, help="prepared folder; else data/surreal or data/standin")
     add("--size", type=int, default=0, help="side of the images, a multiple of 32; 0: as prepared")
     add = parser.add_argument_group("network").add_argument
-    add("--double-filters", action="store_true", help="twice the filters, the same as --width 2")
+    add("--double-filters", action="store_true", help="twice the default number of filters (the paper's --width 2)")
     add("--width", type=float, default=1.0, help="factor on the number of filters of every layer")
     add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
     add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")
@@ -609,8 +609,8 @@ def parse(argv):
         fresh = DEFAULTS | MODELS[model].recipe | other | quick if not checkpoint else {}
         parser.set_defaults(**fresh or checkpoint["settings"])
         args = parser.parse_args(argv)
-        if "double_filters" in given:
-            args.width = 2.0
+        if "double_filters" in given and not checkpoint:
+            args.width *= 2
         if "augment" in given or study:
             chosen = given.get("augment", ["none"]) or ["mirror", "scale"]
             args.augment = [kind for kind in chosen if kind != "none"]
