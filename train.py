@@ -521,7 +521,7 @@ def study(args, out):
 # ---- Command line
 
 # What --quick puts in the place of the paper's values: seven minutes on two cores, chosen by trial.
-SHORT = dict(optimizer="AdamW", weight_decay=0.01, schedule="poly", power=1.0, warmup=100,
+SHORT = dict(optimizer="AdamW", weight_decay=0.1, schedule="poly", power=1.0, warmup=100,
               batch_size=8, val_images=200, augment=["mirror"])
 QUICK = {
     "icnet": SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
@@ -544,7 +544,7 @@ def build_parser():
     add("--data", default=SUPPRESS, help="prepared folder; else data/surreal or data/standin")
     add("--size", type=int, default=0, help="side of the images, a multiple of 32; 0: as prepared")
     add = parser.add_argument_group("network").add_argument
-    add("--double-filters", action="store_true", help="twice the default number of filters (the paper's --width 2)")
+    add("--double-filters", action="store_true", help="twice the filters of every layer: --width 2")
     add("--width", type=float, default=1.0, help="factor on the number of filters of every layer")
     add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
     add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")

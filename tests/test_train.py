@@ -173,7 +173,8 @@ def test_augmentation_is_a_function_of_seed_and_step():
     assert mirror.float().mean() == pytest.approx(0.5, abs=0.03)
     assert place.min() < 0.01 and place.max() > 0.99 and place.shape == (4000, 2)
     naive = draw(3, 17, "naive-mirror")
-    assert torch.equal(naive[0], mirror) and (naive[1] == 1).all() and not draw(3, 17, "scale")[0].any()
+    assert torch.equal(naive[0], mirror) and (naive[1] == 1).all()
+    assert not draw(3, 17, "scale")[0].any()
 
 
 def test_frame_order():
@@ -263,7 +264,7 @@ def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path,
 
 
 @pytest.mark.parametrize("broken", ["training", "validation"])
-def test_best_is_the_highest_miou_and_nan_is_never_saved(data, tmp_path, capsys, monkeypatch, broken):
+def test_best_has_the_highest_miou_and_nan_stays_out(data, tmp_path, capsys, monkeypatch, broken):
     nan, measure, real = float("nan"), train.validate, train.Criterion.__call__
     losses = iter([1] * 6 + [nan if broken == "training" else 1] * 9)      # of each step
     rows = iter([(0.1, 5), (0.3, 4), (0.2, 3), (0.9, nan if broken == "validation" else 2)])
@@ -335,7 +336,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_once(capsys, monkeypatch
     assert capsys.readouterr().err.count("4 cannot be shared by 3 processes: 6 can") == 1
 
 
-def test_what_the_data_cannot_serve_is_refused_and_a_mended_folder_is_used_at_once(tmp_path, capsys):
+def test_bad_data_is_refused_and_mended_data_serves_the_same_command(tmp_path, capsys):
     data, run = write_prepared(tmp_path / "data", frames=3, size=80, joints=False,
                                names=[f"{name}*" for name in NAMES]), tmp_path / "run"
     text = (data / "classes.json").read_text()
@@ -345,8 +346,9 @@ def test_what_the_data_cannot_serve_is_refused_and_a_mended_folder_is_used_at_on
                            ("--size 64 --weighting w1-outer", "background*")):
         error = refused(command(data, run, *options.split(), model="hourglass"), capsys)
         assert named in error and not run.exists()
-    label, argv = data / "train/labels/train_c0001_002.png", command(
-        data, run, "--size", "64", "--workers", "1")
+    (data / "classes.json").write_text(text)
+    label, argv = data / "train/labels/train_c0001_002.png", command(data, run, "--size", "64",
+                                                                     "--workers", "1")
     good = label.read_bytes()
     Image.fromarray(np.full((80, 80), 77, np.uint8)).save(label)
     process = started(argv)
