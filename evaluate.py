@@ -360,11 +360,14 @@ def draw_grid(path, rows, classes, ids):
 
 
 def draw_examples(path, runs):
-    """The two images with the best, median and worst mIoU: photo, truth, a row for each network."""
+    """The clips of best, median and worst mIoU: photo, ground truth, a row for each network."""
     own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
-    order, N = np.argsort(-own.mean(0), kind="stable"), own.shape[1]
+    split, classes = runs[0]["split"], runs[0]["classes"]
+    first = np.unique([clip_of(frame) for frame in split.frames], return_index=True)[1]
+    order, N = first[np.argsort(-own.mean(0)[first], kind="stable")], len(first)
     chosen = order[sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))]
-    batch, classes, blank = runs[0]["split"][chosen], runs[0]["classes"], [""] * len(chosen)
+    batch = Split(split.folder.parent, split.folder.name, classes)[chosen]     # as prepared
+    blank = [""] * len(chosen)
     rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), blank),
             ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), blank)]
     for run, values in zip(runs, own[:, chosen]):
@@ -469,6 +472,8 @@ def run_command(program, function):
             raise
         message = known[0]
     finally:
+        if hasattr(signal, "SIGCHLD"):  # else torch would raise an error for each worker below
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()                # workers ignore gentler signals
     if message:
