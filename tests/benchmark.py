@@ -26,7 +26,7 @@ import tiny                                                 # noqa: E402
 import train                                                # noqa: E402
 
 SIZE = 320
-NETWORKS = [    # name, options, images of a step on a CPU; None: only a GPU is fast enough
+NETWORKS = [    # name, options, batch on a CPU; None: only a GPU is fast enough
     ("icnet", {}, 8), ("icnet", dict(width=2), 8), ("segnet", {}, 2), ("segnet", dict(width=2), 1),
     ("hourglass", dict(stem_stride=4), 2), ("hourglass", {}, None)]
 CLASSES = dict(names=list(range(25)), pixels=[1] * 25, mean=[0.5] * 3, std=[0.25] * 3,
@@ -50,8 +50,7 @@ def side_by_side(ways, seconds=4):
 # ---- The networks
 
 def build(model, options, batch, device, precision, ours, compiled=False):
-    """(inference, training step): functions without arguments. The plain way is float32, NCHW and
-    eager; ours is what evaluate.py and train.py do."""
+    """(inference, training step). Plain is float32, NCHW, eager; ours as in train.py, evaluate.py."""
     layout = torch.channels_last if ours else torch.contiguous_format
     network = evaluate.MODELS[model](**options).to(device, memory_format=layout)
     images = torch.randint(256, (batch, 3, SIZE, SIZE), device=device, dtype=torch.uint8)
@@ -98,17 +97,16 @@ def networks(options):
         if options.only not in name or not batch:
             continue
         rows.append([name, batch])
-        pairs = zip(build(model, kwargs, batch, device, precision, ours=False),
-                    build(model, kwargs, batch, device, precision, True, options.compile))
-        for pair in pairs:
+        for pair in zip(build(model, kwargs, batch, device, precision, ours=False),
+                        build(model, kwargs, batch, device, precision, True, options.compile)):
             seconds = side_by_side(dict(zip(("plain", "ours"), pair)))
             rows[-1] += [f"{batch / value:.2f}" for value in seconds.values()]
             rows[-1] += [f"**{seconds['plain'] / seconds['ours']:.1f}**"]
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            pair[1]()                                       # a training step of ours
+            pair[1]()                                       # a training step of ours; of plain:
             with FlopCounterMode(display=False) as flops:
-                pair[1]()
+                pair[0]()
             rows[-1] += [f"{100 * flops.get_total_flops() / seconds['ours'] / rate:.0f} %",
                          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"]
     print(f"\n### Networks at {SIZE}x{SIZE}, images/s: plain (float32, NCHW), ours ({precision}, "
@@ -119,14 +117,12 @@ def networks(options):
 
 def data(options):
     """Images/s of reading and of augmentation; the share of training that waits for one worker."""
-    device, precision = evaluate.pick_device()
-    rows, sixteen = [["step", "images/s"]], range(16)
+    (device, precision), sixteen, rows = evaluate.pick_device(), range(16), [["step", "images/s"]]
     with tempfile.TemporaryDirectory() as folder:
         folder = options.data or tiny.write_prepared(Path(folder) / "bars", 64, SIZE, ("train",))
         classes = evaluate.read_classes(folder, count=True)
         split = evaluate.Split(folder, "train", classes, labels_at_size=True)
-        files = [split.folder / kind / names[split.frames[i]] for i in sixteen
-                 for kind, names in (("images", split.images), ("labels", split.labels))]
+        files = [paths[split.frames[i]] for i in sixteen for paths in (split.images, split.labels)]
         ways = {"read by Pillow alone": lambda: [Image.open(file).load() for file in files],
                 "read, by one process": lambda: split[sixteen]}
         batch = {key: value.to(device) for key, value in split[sixteen].items()}
@@ -138,13 +134,13 @@ def data(options):
         for model, size, steps in (("icnet", 8, 30), ("segnet", 2, 15)):
             _, step = build(model, {}, size, device, precision, True)
             order = train.frame_order(len(split.frames), size, 0, 0, steps)
-            times = [time.perf_counter()]                   # before and after each wait
+            times = []                                      # start and end of each step
             for _ in evaluate.stream(split, order, 1, device):
                 times.append(time.perf_counter())
                 step()
                 times.append(time.perf_counter())
-            waited = sum(times[i + 1] - times[i] for i in range(2, len(times) - 1, 2))
-            share = 100 * waited / (times[-1] - times[2])   # without the worker's start
+            waited = sum(start - end for end, start in zip(times[1::2], times[2::2]))
+            share = 100 * waited / (times[-1] - times[0])
             rows.append([f"{model}: share of the time it waits for one worker", f"{share:.1f} %"])
     print(f"\n### Data, {classes['size']}x{classes['size']}\n\n{evaluate.markdown(rows)}")
 
@@ -166,11 +162,10 @@ print(f"{time.perf_counter() - start:.1f}, {int(memory) / 2 ** 20:.2f}")
 
 
 def timed(*argv):
-    """Seconds and printed text of a Python program; what it complains of is shown."""
+    """Seconds that a Python program takes, and what it prints."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          check=True)
-    return time.perf_counter() - start, done.stdout
+    printed = subprocess.check_output([sys.executable, *argv], cwd=ROOT, text=True)
+    return time.perf_counter() - start, printed
 
 
 def prepare(options):
@@ -182,24 +177,24 @@ def prepare(options):
         alone, _ = timed("prepare_surreal.py", "--raw", f"{folder}/one-raw", *common,
                          f"{folder}/two")
         rendered = 20 * len(list(Path(folder, "one-raw").rglob("*.mp4")))
-        prepared = len(list(Path(folder, "two").rglob("images/*.jpg")))
-    _, printed = timed("-c", POSES)
+        prepared = len(list(Path(folder, "two").rglob("images/*.jpg"))) / 20
+    printed = timed("-c", POSES)[1].strip()
     print(f"\n### Preparation, {options.workers} workers, starts included\n\n" + evaluate.markdown([
         ["part", "figure"], ["stand-in rendered, frames/s", f"{rendered / (both - alone):.1f}"],
-        ["prepared, clips of 20 frames/s", f"{prepared / 20 / alone:.2f}"],
-        ["90,000 of 1.6 million poses chosen: seconds, GiB at most", printed.strip()]]))
+        ["prepared, clips of 20 frames/s", f"{prepared / alone:.2f}"],
+        ["90,000 of 1.6 million poses chosen: seconds, GiB at most", printed]]))
 
 
 PARTS = dict(networks=networks, data=data, prepare=prepare)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="which to run")
+    parser.add_argument("parts", nargs="*", default=[*PARTS], help="which to measure")
     parser.add_argument("--only", default="", help="networks whose name has these letters")
     parser.add_argument("--compile", action="store_true", help="networks: ours with torch.compile")
     parser.add_argument("--data", help="data: a prepared folder instead of drawn bars")
     parser.add_argument("--workers", type=int, default=2, help="prepare: processes")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True                   # as train.py on a GPU
-    for part in arguments.parts or PARTS:
+    for part in arguments.parts:
         PARTS[part](arguments)

@@ -51,7 +51,7 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
                    seed=0, joints=True, names=NAMES, groups=GROUPS):
     """Writes a prepared folder (DESIGN, section 2) of `frames` frames a split and returns its path.
     Images are the labels' colours plus a little noise."""
-    folder, rng = Path(folder), np.random.default_rng(seed)
+    folder, rng, mirror = Path(folder), np.random.default_rng(seed), mirror_ids(names)
     palette, pixels = colours()[:len(names)], np.zeros(len(names), np.int64)
     for split in splits:
         for kind in ("images", "labels"):
@@ -68,7 +68,6 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
                 pixels += np.bincount(label.ravel(), minlength=len(names))
         if joints:
             np.savez(folder / split / "joints.npz", frames=[*known], joints=[*known.values()])
-    mirror = mirror_ids(names)
     (folder / "classes.json").write_text(json.dumps(dict(
         names=list(names), palette=palette, mirror=mirror, groups=groups,
         joint_mirror=[part - 1 for part in mirror[1:]] if joints else None, pixels=pixels.tolist(),
