@@ -308,8 +308,8 @@ def train(args, run_dir, checkpoint=None):
                                  lr=learning_rate(args, step - 1), images_per_s=speed))
                 loss += rows[-1]["val_loss"]
             if not np.isfinite(loss):
-                raise Problem(f"the loss at step {step} is {loss}: try a lower --lr. {run_dir} "
-                              "holds what was saved before")
+                raise Problem(f"the loss at step {step} is {loss}, so it was not saved: try a lower "
+                              "--lr")
             if due and rank == 0:
                 if rows[-1]["val_miou"] > best:
                     best = rows[-1]["val_miou"]

@@ -50,7 +50,7 @@ def side_by_side(ways, seconds=4):
 # ---- The networks
 
 def build(model, options, batch, device, precision, ours, compiled=False):
-    """(inference, training step). Plain is float32, NCHW, eager; ours as in train.py, evaluate.py."""
+    """(inference, training step). Plain is float32, NCHW and eager; ours is as in train.py."""
     layout = torch.channels_last if ours else torch.contiguous_format
     network = evaluate.MODELS[model](**options).to(device, memory_format=layout)
     images = torch.randint(256, (batch, 3, SIZE, SIZE), device=device, dtype=torch.uint8)
