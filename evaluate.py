@@ -48,6 +48,102 @@ class Problem(Exception):
     """Something the user can mend: one sentence that names the value and the way out."""
 
 
+# ---- Predictions and metrics
+
+class Predictor:
+    """A network on `device`, the classes it learned (for mean and std), "fp32" or "bf16", and
+    logit_weights w (K floats) or None: a network trained on logits * w also predicts from them."""
+
+    def __init__(self, model, classes, device, precision, logit_weights=None):
+        self.model, self.classes, self.device = model, classes, device
+        self.precision, self.logit_weights = precision, logit_weights
+
+    @torch.no_grad()
+    def __call__(self, images, size):
+        """(B, 3, H, W) uint8 -> prediction (B, *size) int64, logits (B, K, *size) float32."""
+        images = normalise(images.to(self.device), self.classes)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images).float()
+        if logits.shape[2:] != tuple(size):
+            logits = F.interpolate(logits, size=tuple(size), mode="bilinear")
+        if self.logit_weights is not None:
+            logits = logits * torch.tensor(self.logit_weights, device=self.device).view(-1, 1, 1)
+        return logits.max(1).indices, logits    # argmax(1) is up to four times slower on the CPU
+
+
+def confusion_matrices(prediction, labels, K):
+    """(B, H, W) int64 and uint8 -> (B, K, K) int64, [image, true, predicted], without label 255.
+    One bincount; ignored pixels fall into a row K of their own, which is cut off."""
+    B = len(labels)
+    first_row = (K + 1) * torch.arange(B, device=labels.device).view(B, 1, 1)
+    cells = (first_row + labels.clamp(max=K)) * K + prediction
+    return torch.bincount(cells.flatten(), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
+
+
+def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=None):
+    """Confusion matrices (N, K, K) int64 on the CPU, one a frame (all, or those of `indices`), and
+    the mean of criterion's loss over their pixels (NaN without one). predict: a Predictor."""
+    indices = range(len(split.frames)) if indices is None else indices
+    chunks = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
+    confusions, totals = [], []
+    batches = stream(split, chunks, workers, predict.device)
+    for batch in tqdm(batches, total=len(chunks), unit="batch", disable=None, leave=False):
+        labels = batch["labels"]
+        prediction, logits = predict(batch["images"], labels.shape[1:])
+        confusions.append(confusion_matrices(prediction, labels, logits.shape[1]))
+        if criterion:
+            totals.append(torch.stack(criterion.totals(logits, labels)).double())
+    loss, count = sum(totals).tolist() if totals else (np.nan, 1)
+    return torch.cat(confusions).cpu(), loss / max(count, 1)
+
+
+@np.errstate(invalid="ignore")          # 0 / 0 is NaN, "unknown"
+def scores(confusion):
+    """(..., K, K) matrices -> dict of FIGURES, (...) arrays, and of each class's iou, class_f1,
+    class_precision and recall, (..., K). IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN)
+    of a class count where it occurs in truth or prediction, precision where it was predicted,
+    recall (its accuracy) where it is true. body_*: all classes but 0, the background, as one."""
+    confusion = np.asarray(confusion, dtype=np.float64)
+    tp, true, predicted = np.diagonal(confusion, 0, -2, -1), confusion.sum(-1), confusion.sum(-2)
+    body, body_true = confusion[..., 1:, 1:].sum((-2, -1)), true[..., 1:].sum(-1)
+    body_predicted = predicted[..., 1:].sum(-1)
+    iou, f1 = tp / (true + predicted - tp), 2 * tp / (true + predicted)
+    precision, recall = tp / predicted, tp / true
+    return dict(iou=iou, class_f1=f1, class_precision=precision, recall=recall,
+                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1),
+                precision=np.nanmean(precision, -1), class_accuracy=np.nanmean(recall, -1),
+                accuracy=tp.sum(-1) / true.sum(-1), body_precision=body / body_predicted,
+                body_recall=body / body_true, body_f1=2 * body / (body_true + body_predicted))
+
+
+def clip_of(frame):
+    """The clip of a frame: its name without _ddd; a name without that ending is its own clip."""
+    return re.sub(r"_\d{3}$", "", frame)
+
+
+def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
+    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s.
+    The bootstrap (Efron 1979) computes them again for clips drawn with replacement: they scatter as
+    they would for other clips. Whole clips are drawn, since the frames of one are much alike.
+    confusions, other: (N, K, K) int64; frames: N names. NaN below two clips."""
+    clips = np.unique([clip_of(frame) for frame in frames], return_inverse=True)[1]
+    C, drawn = clips.max(initial=0) + 1, []
+    times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
+    for matrices in [confusions] if other is None else [confusions, other]:
+        per_clip = np.zeros((C, matrices[0].numel()))
+        np.add.at(per_clip, clips, matrices.reshape(len(clips), -1).numpy())
+        drawn.append(scores((times @ per_clip).reshape(-1, *matrices.shape[1:])))
+    values = [drawn[0][key] - (0 if other is None else drawn[1][key]) for key in FIGURES]
+    halves = np.subtract(*np.nanpercentile(values, (97.5, 2.5), axis=1)) / 2
+    return dict(zip(FIGURES, halves if C > 1 else np.full_like(halves, np.nan)))
+
+
+def paired_difference(one, other, frames):
+    """mIoU of `one` minus that of `other` on the same frames, and its half width of 95 %."""
+    difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
+    return difference, bootstrap(one, frames, other)["miou"]
+
+
 # ---- The prepared folder
 
 def read_classes(data, count=False):
@@ -64,7 +160,7 @@ def read_classes(data, count=False):
     classes = dict(palette=palette, mirror=list(range(K)), groups={}, joint_mirror=None, size=None,
                    source=f"own data, {data}", settings={}) | stored
     if count and not {"size", "pixels", "mean", "std"} <= set(stored):
-        classes |= count_pixels(Split(data, "train", classes))
+        classes |= count_pixels(Split(data, "train", classes)) | stored
         Path(f"{path}.new").write_text(json.dumps(classes, indent=1))
         os.replace(f"{path}.new", path)
     return classes
@@ -88,11 +184,11 @@ def count_pixels(split):
     return dict(size=split.prepared, pixels=pixels.tolist(), mean=mean.tolist(), std=std.tolist())
 
 
-def pictures_in(folder):
+def pictures_in(folder, kinds=(".jpg", ".jpeg", ".png")):
     """Sorted paths of a folder's pictures, without the "._" files that macOS leaves."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [f"{folder}/{name}" for name in names
-            if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("._")]
+            if name.lower().endswith(kinds) and not name.startswith("._")]
 
 
 def open_picture(path):
@@ -110,8 +206,10 @@ class Split(Dataset):
 
     def __init__(self, data, split, classes, size=None, labels_at_size=False):
         self.folder, self.classes = Path(data) / split, classes
-        self.images, self.labels = ({Path(path).stem: path for path in pictures_in(folder)}
-                                    for folder in (self.folder / "images", self.folder / "labels"))
+        images, labels = pictures_in(f"{data}/{split}/images"), pictures_in(
+            f"{data}/{split}/labels", ".png")
+        self.images = {Path(path).stem: path for path in images}
+        self.labels = {Path(path).stem: path for path in labels}
         self.frames = sorted(self.images)
         if not self.frames:
             raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
@@ -129,7 +227,7 @@ class Split(Dataset):
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
-        images, if known. A Problem is returned: raised in a worker, it would drag a traceback."""
+        images, if known. A Problem is returned: raised in a worker, it would bring a traceback."""
         try:
             images, labels = zip(*(self.load_frame(self.frames[index]) for index in indices))
         except Problem as problem:
@@ -182,102 +280,6 @@ def normalise(images, classes):
         memory_format=torch.channels_last)
 
 
-# ---- Predictions and metrics
-
-class Predictor:
-    """A network on `device`, the classes it learned (for mean and std), "fp32" or "bf16", and
-    logit_weights (K floats): direct weighting trained softmax(x w), so w counts here as well."""
-
-    def __init__(self, model, classes, device, precision, logit_weights=None):
-        self.model, self.classes, self.device = model, classes, device
-        self.precision, self.logit_weights = precision, logit_weights
-
-    @torch.no_grad()
-    def __call__(self, images, size):
-        """(B, 3, H, W) uint8 -> prediction (B, *size) int64, logits (B, K, *size) float32."""
-        images = normalise(images.to(self.device), self.classes)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(images).float()
-        if logits.shape[2:] != tuple(size):
-            logits = F.interpolate(logits, size=tuple(size), mode="bilinear")
-        if self.logit_weights is not None:
-            logits = logits * torch.tensor(self.logit_weights, device=self.device).view(-1, 1, 1)
-        return logits.max(1).indices, logits    # argmax(1) is up to four times slower on the CPU
-
-
-def confusion_matrices(prediction, labels, K):
-    """(B, H, W) int64 and uint8 -> (B, K, K) int64, [image, true, predicted], without label 255.
-    One bincount; ignored pixels fall into a row K of their own, which is cut off."""
-    B = len(labels)
-    first_row = (K + 1) * torch.arange(B, device=labels.device).view(B, 1, 1)
-    cells = (first_row + labels.clamp(max=K)) * K + prediction
-    return torch.bincount(cells.flatten(), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
-
-
-def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=None):
-    """Confusion matrices (N, K, K) int64 on the CPU, one a frame (all, or those of `indices`), and
-    the mean of criterion's loss over their pixels (NaN without one). predict: a Predictor."""
-    indices = range(len(split.frames)) if indices is None else indices
-    chunks = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
-    confusions, totals = [], []
-    batches = stream(split, chunks, workers, predict.device)
-    for batch in tqdm(batches, total=len(chunks), unit="batch", disable=None, leave=False):
-        labels = batch["labels"]
-        prediction, logits = predict(batch["images"], labels.shape[1:])
-        confusions.append(confusion_matrices(prediction, labels, logits.shape[1]))
-        if criterion:
-            totals.append(torch.stack(criterion.totals(logits, labels)).double())
-    loss, count = sum(totals).tolist() if totals else (np.nan, 1)
-    return torch.cat(confusions).cpu(), loss / max(count, 1)
-
-
-@np.errstate(invalid="ignore")          # 0 / 0 is NaN, "unknown"
-def scores(confusion):
-    """(..., K, K) matrices -> dict of FIGURES, (...) arrays, and of each class's iou, class_f1,
-    class_precision and recall, (..., K). IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN)
-    of a class count where it occurs in truth or prediction, precision where it was predicted,
-    recall (its accuracy) where it is true. body_*: all classes but 0, the background, as one."""
-    confusion = np.asarray(confusion, dtype=np.float64)
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    true, found, body = confusion.sum(-1), confusion.sum(-2), confusion[..., 1:, 1:].sum((-2, -1))
-    body_true, body_found = true[..., 1:].sum(-1), found[..., 1:].sum(-1)
-    iou, f1 = right / (true + found - right), 2 * right / (true + found)
-    precision, recall = right / found, right / true
-    return dict(iou=iou, class_f1=f1, class_precision=precision, recall=recall,
-                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1),
-                precision=np.nanmean(precision, -1), class_accuracy=np.nanmean(recall, -1),
-                accuracy=right.sum(-1) / true.sum(-1), body_precision=body / body_found,
-                body_recall=body / body_true, body_f1=2 * body / (body_true + body_found))
-
-
-def clip_of(frame):
-    """The clip of a frame: its name without _ddd; a name without that ending is its own clip."""
-    return re.sub(r"_\d{3}$", "", frame)
-
-
-def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
-    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s.
-    The bootstrap (Efron 1979) sums the matrices of clips drawn with replacement; such sums scatter
-    as other clips would. Whole clips are drawn, since the frames of one are much alike.
-    confusions, other: (N, K, K) int64; frames: N names. NaN below two clips."""
-    clips = np.unique([clip_of(frame) for frame in frames], return_inverse=True)[1]
-    C, drawn = clips.max(initial=0) + 1, []
-    times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
-    for matrices in [confusions] if other is None else [confusions, other]:
-        per_clip = np.zeros((C, matrices[0].numel()))
-        np.add.at(per_clip, clips, matrices.reshape(len(clips), -1).numpy())
-        drawn.append(scores((times @ per_clip).reshape(-1, *matrices.shape[1:])))
-    values = [drawn[0][key] - (0 if other is None else drawn[1][key]) for key in FIGURES]
-    halves = np.subtract(*np.nanpercentile(values, (97.5, 2.5), axis=1)) / 2
-    return dict(zip(FIGURES, halves if C > 1 else np.full_like(halves, np.nan)))
-
-
-def paired_difference(one, other, frames):
-    """mIoU of `one` minus that of `other` on the same frames, and its half width of 95 %."""
-    difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
-    return difference, bootstrap(one, frames, other)["miou"]
-
-
 # ---- Tables and pictures
 
 def percent(value, half=np.nan, digits=1):
@@ -315,10 +317,12 @@ def report_text(runs, per_class=True):
         cells = zip(names, *(map(percent, figures[key]) for key in (
             "iou", "class_f1", "class_precision", "recall")))
         tables.append([(f"{run['name']}, %", "IoU", "F1", "precision", "accuracy"), *cells])
+    clips = len(set(map(clip_of, frames)))
     lines = [f"**{source_note(classes)}**: {len(frames)} images of {runs[0]['split'].folder}, "
-             f"{len(set(map(clip_of, frames)))} clips; {runs[0]['machine']}\n",
+             f"{clips} clips; {runs[0]['machine']}\n",
              markdown([[title, *(column[title] for column in columns)] for title in columns[0]]),
-             "+-: half the 95 % interval over other clips. Another training seed is not in it."]
+             "+-: half the 95 % interval over other clips. Another training seed is not in it."
+             if clips > 1 else "No intervals: all frames are of one clip (names that end in _001)."]
     for one, other in itertools.combinations(runs, 2):
         points = percent(*paired_difference(one["confusions"], other["confusions"], frames), 2)
         lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, same clips.")
@@ -345,7 +349,8 @@ def colours(labels, palette):
 def draw_grid(path, rows, classes, ids):
     """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
     across, (height, width) = len(rows[0][1]), rows[0][1][0].shape[:2]
-    inches = 2.3 * across + 1, 2.3 * len(rows) * height / width + 1.3
+    inch = max(2.9, min(width, 1024) / 110)                 # a pixel for every pixel up to 1024
+    inches = inch * across + 1, inch * len(rows) * height / width + 1.3
     sheet = figure.Figure(inches, dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
     for line, (name, pictures, titles) in zip(grid, rows):
@@ -391,19 +396,20 @@ def draw_confusion(path, run):
 
 
 def segment(file, predict, size, out):
-    """Writes <name>-overlay.png and <name>-labels.png of a picture of any size into `out`."""
+    """Writes <out>-overlay.png and <out>-labels.png of a picture of any size."""
     image, palette = open_picture(file).convert("RGB"), predict.classes["palette"]
-    factor = size / max(image.size)     # as large as the network saw people in training
-    small = image.resize([max(1, round(side * factor)) for side in image.size], Image.BILINEAR)
+    small, shown = (image.resize([max(1, round(side * longer / max(image.size)))
+                                  for side in image.size], Image.BILINEAR)
+                    for longer in (size, min(1024, max(image.size))))  # as in training; to look at
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
-    prediction = predict(pixels, image.size[::-1])[0][0].cpu().numpy()
-    photo, coloured = np.asarray(image), colours(prediction, palette)
+    prediction = predict(pixels, shown.size[::-1])[0][0].cpu().numpy()
+    photo, coloured = np.asarray(shown), colours(prediction, palette)
     blended = np.where(prediction[..., None] > 0, photo // 3 + coloured // 3 * 2, photo)
-    draw_grid(out / f"{file.name}-overlay.png", [("", [photo, blended], ["", ""])],
-              predict.classes, np.unique(prediction))
-    labels = Image.fromarray(prediction.astype(np.uint8))
+    draw_grid(f"{out}-overlay.png", [("", [photo, blended], ["", ""])], predict.classes,
+              np.unique(prediction))
+    labels = Image.fromarray(prediction.astype(np.uint8)).resize(image.size, Image.NEAREST)
     labels.putpalette(colours(np.arange(IGNORE + 1), palette).tobytes())
-    labels.save(out / f"{file.name}-labels.png")
+    labels.save(f"{out}-labels.png")
 
 
 # ---- Devices, checkpoints, errors, command line
@@ -446,11 +452,10 @@ def load_checkpoint(path, device="cpu"):
 
 SHARED = shutil.disk_usage("/dev/shm").total / 2 ** 20 if os.path.isdir("/dev/shm") else 0
 TROUBLE = {     # words in an exception, and what they mean to a user
-    "dataloader": "the processes that read images died or hang. They hand images over in /dev/shm "
-                  f"({SHARED:.1f} MiB here): try --workers 0",
+    r"dataloader (worker \(|timed)": "the processes that read images died or hang. They hand images"
+        f" over in /dev/shm ({SHARED:.1f} MiB here): try --workers 0",
     "alloc|out of memory|memoryerror": "out of memory: try a smaller --batch-size or --size",
-    "gloo|distbackend": "another process of this run ended; its message is above or below",
-    "writing file": "a checkpoint cannot be written: is the disk full? The last one is whole"}
+    "gloo|distbackend": "another process of this run ended; its message is above or below"}
 
 
 def run_command(program, function):
@@ -508,8 +513,8 @@ def cost(predict, size):
 
 
 def measure(path, args, split, data=None, raw=False):
-    """One checkpoint on one split: what reports and pictures need. raw: direct weighting as its
-    authors read it, the argmax of x from a network that trained on x w."""
+    """One checkpoint on one split: what reports and pictures need. raw: predict from the logits
+    without the weights w, as the authors of the paper did after training on logits * w."""
     device, precision = pick_device(args.device, args.precision)
     checkpoint, network = load_checkpoint(path, device)
     data, trained = data or checkpoint["settings"]["data"], checkpoint["classes"]
@@ -543,9 +548,11 @@ def segment_all(args, path):
     out, status = Path(args.out or "runs/pictures"), 0
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
+        alone = [other.name for other in files].count(file.name) == 1
+        result = out / (file.name if alone else "-".join(file.parts[-2:]))
         try:
-            segment(file, predict, checkpoint["settings"]["size"] or classes["size"], out)
-            print(f"{file}: {out / file.name}-overlay.png, -labels.png")
+            segment(file, predict, checkpoint["settings"]["size"] or classes["size"], result)
+            print(f"{file}: {result}-overlay.png, -labels.png")
         except Problem as problem:
             print(problem)
             status = 1
@@ -565,6 +572,8 @@ def main(argv=None):
     add("--out", metavar="DIR", help="folder for results, if not beside the checkpoint or in runs/")
     add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
     args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.workers < 0:
+        parser.error("--batch-size starts at 1, --workers at 0")
     paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
     if args.images:
         return segment_all(args, paths[0])

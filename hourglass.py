@@ -30,8 +30,8 @@ SPREAD = 6.4 / 320  # standard deviation of a joint's heat map, in image widths
 NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot
     spine2 leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm
     leftForeArm rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()
-# Label sets of the paper's authors from coarse to fine: a group becomes one class, the rest is
-# background. Pictures show a group in the colour of its first member.
+# Label sets of the paper's authors from coarse to fine, as positions in NAMES: a group becomes one
+# class, the rest is background.
 LEVELS = (
     [tuple(range(1, 25))],
     [(16, 13), (7, 10, 14, 15), (1, 4), tuple(range(17, 25)), (2, 3, 5, 6, 8, 9, 11, 12)],
@@ -70,28 +70,28 @@ def heat_maps(joints, H, W, spread):
     """A Gaussian with peak 1 at every joint, for the whole batch at once.
 
     joints: (B, J, 2), x then y in pixels of the map; spread: its standard deviation, in pixels.
-    Returns maps (B, J, H, W) float32 and counts (B, J) bool: False for a joint NaN or outside.
+    Returns maps (B, J, H, W) float32 and valid (B, J) bool: False for a joint NaN or outside.
     """
     x, y = joints.unbind(-1)
-    counts = (x >= -0.5) & (x < W - 0.5) & (y >= -0.5) & (y < H - 0.5)    # False for NaN
+    valid = (x >= -0.5) & (x < W - 0.5) & (y >= -0.5) & (y < H - 0.5)    # False for NaN
     x, y = joints.nan_to_num().unsqueeze(-1).unbind(-2)                   # (B, J, 1) each
     along = lambda centre, side: torch.exp(
         -(torch.arange(side, device=joints.device) - centre) ** 2 / (2 * spread ** 2))
-    return along(y, H).unsqueeze(-1) * along(x, W).unsqueeze(-2), counts
+    return along(y, H).unsqueeze(-1) * along(x, W).unsqueeze(-2), valid
 
 
 def heat_map_loss(maps, joints, spread):
     """Sigmoid cross-entropy, as in the paper (Section 4.1.3); Newell et al. take squared errors.
 
-    maps: (B, J, H, W) logits; joints, spread: as for heat_maps. The sum over a map's pixels is
-    divided by the Gaussian's, 2 pi spread^2, since in a mean over pixels the joint would be 1/400:
-    at any size it falls from about 7.0 to pi^2 / 6 for perfect maps.
-    Returns the mean over the joints that count, of all processes; 0 without any.
+    maps: (B, J, H, W) logits; joints, spread: as for heat_maps. A joint fills 1/400 of its map and
+    would vanish in a mean over pixels, so a map's sum is divided by its Gaussian's, 2 pi spread^2.
+    The loss then starts at about 7.0 and is pi^2 / 6 for perfect maps, at any size.
+    Returns the mean over the valid joints of all processes; 0 without any.
     """
-    target, counts = heat_maps(joints, *maps.shape[-2:], spread)
+    target, valid = heat_maps(joints, *maps.shape[-2:], spread)
     losses = F.binary_cross_entropy_with_logits(maps.float(), target, reduction="none")
     losses = losses.sum((-2, -1)) / (2 * math.pi * spread ** 2)           # (B, J)
-    loss, count = (losses * counts).sum(), counts.sum()
+    loss, count = (losses * valid).sum(), valid.sum()
     if dist.is_initialized():
         dist.all_reduce(count)
         loss = loss * dist.get_world_size()  # DistributedDataParallel averages gradients
@@ -125,7 +125,7 @@ class Hourglass(nn.Module):
         super().__init__()
         self.up = Residual(channels, channels)
         self.low = nn.Sequential(
-            nn.MaxPool2d(2, ceil_mode=True),  # odd sizes round up, here and on the way back
+            nn.MaxPool2d(2, ceil_mode=True),  # odd sizes round up; forward cuts the rest off
             Residual(channels, channels),
             Hourglass(depth - 1, channels) if depth > 1 else Residual(channels, channels),
             Residual(channels, channels), nn.Upsample(scale_factor=2, mode="nearest"))
@@ -136,8 +136,8 @@ class Hourglass(nn.Module):
 
 
 class Stage(nn.Module):
-    """One module: x (B, C, H, W) -> its prediction (B, c_out, H, W) and what it hands on, like x:
-    x + 1x1(features) + 1x1(prediction). The last module of a row has no such layers."""
+    """One module: x (B, C, H, W) -> prediction (B, c_out, H, W) and the next module's x, which is
+    x + 1x1(features) + 1x1(prediction). The last one has no next: it returns its features."""
 
     def __init__(self, channels, c_out, last):
         super().__init__()
@@ -196,9 +196,9 @@ class StackedHourglass(nn.Module):
         self.register_buffer("levels", levels, persistent=False)   # (stacks, 25) or None
         heat_maps_of = {"none": 0, "surreal": num_joints, "centroids": num_classes - 1}[joints]
         joint_widths = [heat_maps_of] * joints_modules if heat_maps_of else []
-        self.stages, self.joint_stages = (
-            nn.ModuleList(Stage(C, c_out, s == len(row)) for s, c_out in enumerate(row, 1))
-            for row in (widths, joint_widths))
+        self.stages = nn.ModuleList(Stage(C, K, s == stacks) for s, K in enumerate(widths, 1))
+        self.joint_stages = nn.ModuleList(
+            Stage(C, J, s == joints_modules) for s, J in enumerate(joint_widths, 1))
         for name, module in self.named_modules():
             if name.endswith("predict"):
                 # Small weights: heat maps start at their mean, classes at their prior (train.py).

@@ -1,19 +1,18 @@
 """ICNet, the image cascade network: cheap at high resolution, deep only at low resolution.
 
 Zhao, Qi, Shen, Shi & Jia, arXiv 1704.08545; layers as in hellochick/ICNet-tensorflow, which the
-paper trained (Section 3.2). Three branches look at the image at 1, 1/2 and 1/4 of its size. The
-deep network runs on the smallest, and cascade feature fusion (CFF) refines it branch by branch:
+paper trained (Section 3.2). Two branches look at the image at 1 and 1/2 of its size. The third, at
+1/4, continues the first layers of 1/2; it is deep, and cascade feature fusion (CFF) refines it:
 
     1    -> high, to 1/8 ─────────────────────────────────────────────────┐
     1/2  -> conv1 conv2 conv3_1, to 1/16 ──────────────────┐              v
     1/4     └─ conv3_2 conv4 conv5 pyramid, to 1/32 -> x2 -> CFF -> x2 -> CFF -> x2
                                                        v            v            v
-    logits (B, K, ...)                  (1/16,         1/8,)        1/4, and x4 at evaluation
+    logits (B, K, ...)      in training: 1/16,         1/8 and      1/4; at evaluation 1/4, then x4
 
 Differs from the source: nothing is pretrained, hence the initialisation below; loss weights are
 those of the paper's authors (the source: 0.16, 0.4, 1.0); interpolation does not align corners (the
 source's does); the finest pooling has 6 x 6 cells (4 x 4 in the variant that the authors trained).
-As in the source's code, 1/4 is no image of its own: its branch continues the first layers of 1/2.
 """
 import torch
 from torch import nn
@@ -62,7 +61,7 @@ def bottlenecks(count, c_in, c_mid, c_out, stride=1, dilation=1):
 
 
 class PyramidPooling(nn.Module):
-    """Adds to each pixel the means of its surroundings, 1/6 of the image to all of it => 1x1."""
+    """Adds to each pixel the means of the cells around it, of each grid in PYRAMID => 1x1."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -129,7 +128,7 @@ class ICNet(nn.Module):
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        x = F.pad(images, (0, -W % 32, 0, -H % 32))           # evaluation takes any size
+        x = F.pad(images, (0, -W % 32, 0, -H % 32))           # any size, made a multiple of 32
 
         half = self.conv2(self.conv1(resize(x, 1 / 2)))       # (B, 128, H/8, W/8)
         half = self.conv3_1(half)                             # (B, 256, H/16, W/16)
@@ -140,7 +139,7 @@ class ICNet(nn.Module):
         fused16 = self.fuse16(resize(quarter, 2), half)       # (B, 128, H/16, W/16)
         fused8 = self.fuse8(resize(fused16, 2), full)         # (B, 128, H/8, W/8)
 
-        # A 1x1 convolution and a bilinear x2 commute; classified first, x2 meets fewer channels.
+        # A 1x1 convolution and a bilinear x2 commute. Classifying first leaves x2 K channels only.
         logits4 = resize(self.head4(fused8).float(), 2)       # (B, K, H/4, W/4)
         if not self.training:
             return resize(logits4, 4)[..., :H, :W]            # (B, K, H, W)

@@ -288,7 +288,8 @@ def prepare(args, settings):
     jobs = [(out, args.size, args.margin, *job) for job in chosen
             if not (parts / job[0] / f"{job[2]}.json").exists()]
     list(in_parallel(extract, jobs, args.workers, "writing frames"))
-    for split in reversed(SPLITS):                  # train comes last and describes the folder
+    empty = False
+    for split in reversed(SPLITS):                  # train comes last: its frames are used below
         frames, joints, histogram = [], [], np.zeros(4 * 256, int)
         for path in sorted((parts / split).glob("*.json")):
             record = json.loads(path.read_text())
@@ -299,11 +300,12 @@ def prepare(args, settings):
         np.savez(out / split / "joints.npz", frames=np.array(frames, str),
                  joints=np.array(joints, np.float32).reshape(-1, 24, 2))
         print(f"{split}: {len(frames)} frames ({getattr(args, split)} wanted)")
+        empty = empty or not frames
     skipped.sort(key=lambda row: (row[0], row[1] or 0))
     with open(out / "skipped.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("clip", "frame", "reason"), *skipped])
-    if not frames:
-        raise Problem(f"no usable frame in train: mend what {out}/skipped.csv lists, remove {out}")
+    if empty:
+        raise Problem(f"a split has no frame: mend what {out}/skipped.csv lists, remove {out}")
     shown = [frames[i] for i in np.linspace(0, len(frames) - 1, 8).astype(int)]
     rows = [[Image.open(out / "train" / name.format(frame)).convert("RGB").resize((160, 160))
              for frame in shown] for name in ("images/{}.jpg", "labels/{}.png")]
@@ -441,9 +443,9 @@ def motion(rng, frames, joints):
             local[:, j] = Rotation.from_euler(order, euler[:, j, axes], degrees=True).as_matrix()
             turn[:, j] = turn[:, parent] @ local[:, j]
             place[:, j] = place[:, parent] + turn[:, parent] @ (joints[j] - joints[parent])
-        core = place[:, (0, 3, 6, 9, 12, 15, 4, 5)] + place[:, (0, 3, 6, 9, 12, 15, 1, 2)]
-        if np.linalg.norm(place[:, 18:, None] - core[:, None] / 2, axis=3).min() > .15:
-            break
+        core = (place[:, (0, 3, 6, 9, 12, 15, 4, 5)] + place[:, (0, 3, 6, 9, 12, 15, 1, 2)]) / 2
+        if np.linalg.norm(place[:, 18:, None] - core[:, None], axis=3).min() > .15:
+            break                                       # arms keep off spine, head and thighs
     return local, turn, place
 
 
@@ -622,13 +624,13 @@ def background(rng, path):
     def along(vector):                                  # from the shape's centre, (S, 2) to (H, W)
         return of(vector[:, 0]) * x + of(vector[:, 1]) * y - of((vector * centre).sum(1))
 
-    # Two colours in stripes, tiles or books; 1/f noise, stretched or not; light with a gradient,
-    # less at the rim of what is round, as limbs are; some lamps and windows.
+    # A shape gets two colours in stripes or tiles, 1/f noise (some of it stretched) and light with
+    # a gradient. Some shapes are darker at the rim, as if round; a few are bright, as lamps are.
     palette = np.stack([any_colour(rng) for _ in range(count // 4 + 4)] + list(SKIN))
     first, second = rng.integers(np.where(rng.random((2, count)) < .5, 5, len(palette)))
     u, v = along(long), along(long[:, ::-1] * (-1, 1))
     period = rng.choice((4, 12, 40, 9e9), (2, count)) * rng.uniform(.6, 1.6, (2, count))
-    cell = (u // of(period[0]) * 7 + v // of(period[1]) * 13).astype(int) + index & 255
+    cell = ((u // of(period[0]) * 7 + v // of(period[1]) * 13).astype(int) + index) & 255
     share = (rng.random(256)[cell] * of(rng.choice((0, .1, .4, 1), count)))[..., None]
     stretch = rng.uniform(.3, 2, count) * rng.choice((.1, 1, 1, 3), (2, count))
     row, column = ((axis * of(s)).astype(int) & 255 for axis, s in zip((u, v), stretch))
@@ -666,7 +668,7 @@ def paint(image, texture, light, index, depth, joint, normal, x):
 
 
 def make_clip(path, seed, split, frames, picture):
-    """Renders PATH.mp4, PATH_segm.mat and, last, PATH_info.mat: where that is, it is whole."""
+    """Renders PATH.mp4, PATH_segm.mat and, last, PATH_info.mat, which marks the clip as done."""
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     still, sex, light = background(rng, picture), int(rng.integers(2)), rng.uniform(-.7, .7, 9)
     light[:2] = rng.uniform((.5, -.7), (1.4, 0))        # never dark, more from above
@@ -770,9 +772,10 @@ def parse(argv=None):
     add("--frames", type=int, default=2, help="frames of a clip")
     add("--backgrounds", type=os.path.abspath, metavar="DIR", help="photographs for backgrounds")
     args = parser.parse_args(argv)
-    if (min(args.train, args.clusters, args.size, args.clips, args.frames) < 1
-            or min(args.val, args.test, args.margin, args.workers, args.seed) < 0):
-        parser.error("train, clusters, size, clips and frames start at 1, other numbers at 0")
+    if (min(args.train, args.val, args.test, args.clusters, args.size, args.clips, args.frames) < 1
+            or min(args.margin, args.workers, args.seed) < 0):
+        parser.error("train, val, test, clusters, size, clips and frames start at 1, other numbers "
+                     "at 0")
     for name in ("clips", "frames", "backgrounds"):
         if not args.synthesize and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --synthesize")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 VGG16 = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512),
-         (512, 512, 512, 512)]  # channels in, then after each convolution, between the poolings
+         (512, 512, 512, 512)]  # a stage each: channels in, then after each convolution
 
 
 def conv_bn(channels, kernel, bias=True, relu=True):
@@ -27,14 +27,14 @@ def conv_bn(channels, kernel, bias=True, relu=True):
     layers = []
     for c_in, c_out in zip(channels, channels[1:]):
         layers += [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias),
-                   nn.BatchNorm2d(c_out)] + [nn.ReLU(inplace=True)] * relu
+                   nn.BatchNorm2d(c_out), nn.ReLU(inplace=True) if relu else nn.Identity()]
     return nn.Sequential(*layers)
 
 
 def unpool(x, indices):
     """Undoes a 2x2 pooling, (B, C, H, W) -> (B, C, 2H, 2W): each value returns to its maximum's
     pixel, the others become zero. indices: (B, C, H, W) int64, of max_pool2d."""
-    with torch.autocast("cpu", enabled=False):  # CPU autocast would answer in float32, CUDA's not
+    with torch.autocast("cpu", enabled=False):  # or CPU autocast returns float32
         return F.max_unpool2d(x, indices, 2)
 
 
@@ -58,7 +58,7 @@ class SegNet(nn.Module):
         self.pool = nn.MaxPool2d(2, return_indices=True)
         kernel = {"basic": 1, "vgg16": 3}[variant]
         self.classifier = nn.Conv2d(C, num_classes, kernel, padding=kernel // 2)
-        self.heads = [(self.classifier, None)]  # train.py starts their biases at the classes' prior
+        self.heads = [(self.classifier, None)]  # None: all classes. train.py sets the first biases
         for name, parameter in self.named_parameters():
             if parameter.ndim == 4:
                 nn.init.kaiming_normal_(parameter)  # He et al., arXiv 1502.01852
@@ -67,7 +67,7 @@ class SegNet(nn.Module):
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        x = F.pad(images, (0, -W % 32, 0, -H % 32))  # evaluation takes any size
+        x = F.pad(images, (0, -W % 32, 0, -H % 32))  # any size, made a multiple of 32
         all_indices = []
         for stage in self.encoder:
             x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16)
@@ -94,7 +94,7 @@ def print_stages(model, size):
         print(f"{name or 'in all':11}{shape!s:>16}{parameters:>11,} weights{counts[-1]:>15,} MAC")
 
     for name, stage in model.named_modules():
-        if name.count(".") == name.startswith(("encoder", "decoder")):
+        if name in ("", "pool", "classifier") or name.count(".") == 1:
             stage.register_forward_hook(lambda stage, _, out, name=name: show(name, stage, out))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, size, size))

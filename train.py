@@ -31,6 +31,7 @@ import evaluate
 from evaluate import IGNORE, MODELS, Predictor, Problem, Split, percent
 from hourglass import NAMES
 
+MADE = []           # run folders that this process made
 WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 
 
@@ -69,8 +70,8 @@ class Criterion:
                           f" of {', '.join(absent)}: leave the option out, or add frames")
 
     def pixels_and_weights(self, K, levels=None):
-        """(K,) each, of the K classes to which levels maps the ids: pixels are added up before the
-        weights are formed. Weights are None without weighting."""
+        """Pixels and class weights, (K,) each; without weighting, None for the weights. levels:
+        the coarser class of each id (hourglass.level_table), whose pixels are added up first."""
         pixels = self.pixels
         if levels is not None:
             pixels = torch.zeros_like(pixels[:K]).index_add_(0, levels, pixels)
@@ -117,7 +118,7 @@ class Criterion:
 
 def frame_order(frames, batch_size, seed, start, steps):
     """Yields each step's list of frame indices: epochs in random order, joined, cut in batches."""
-    epoch = functools.lru_cache(2)(
+    epoch = functools.lru_cache(2)(                         # a batch may need two epochs
         lambda number: np.random.default_rng([seed, 0, number]).permutation(frames))
     for step in range(start, steps):
         positions = range(step * batch_size, (step + 1) * batch_size)
@@ -225,8 +226,8 @@ def train(args, run_dir, checkpoint=None):
     if world > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kernels, others = ([p for p in network.parameters() if (p.ndim == 4) == kernel]
-                       for kernel in (True, False))
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    others = [p for p in network.parameters() if p.ndim != 4]
     optimizer = getattr(torch.optim, args.optimizer)(
         [dict(params=kernels, weight_decay=args.weight_decay), dict(params=others, weight_decay=0)],
         lr=args.lr, **args.optimizer_args)
@@ -245,13 +246,13 @@ def train(args, run_dir, checkpoint=None):
     direct = weights.tolist() if criterion.form == "direct" else None
     predict = Predictor(network, classes, device, precision, direct)
 
-    def save(name, step):
-        buffer = io.BytesIO()                               # a full disk then has a plain error
+    def save(name, step, folder=run_dir):
+        buffer = io.BytesIO()                               # so a full disk raises an OSError
         torch.save(dict(model=args.model, kwargs=options, weights=network.state_dict(),
                         optimizer=optimizer.state_dict(), step=step, best_miou=best, rows=rows,
                         classes=classes, settings=vars(args), logit_weights=direct), buffer)
-        (run_dir / "new.pt").write_bytes(buffer.getbuffer())
-        os.replace(run_dir / "new.pt", run_dir / name)      # whole, or not there
+        (folder / "new.pt").write_bytes(buffer.getbuffer())
+        os.replace(folder / "new.pt", folder / name)        # never leaves half a file
 
     def train_mode(step):
         network.train()
@@ -259,8 +260,16 @@ def train(args, run_dir, checkpoint=None):
             norm.train(step >= args.bn_after)               # frozen ones keep their statistics
 
     if rank == 0 and checkpoint is None:
-        run_dir.mkdir(parents=True)                         # of two processes, one succeeds
-        save("last.pt", 0)
+        new = run_dir.with_name(f"{run_dir.name}.{os.getpid()}.new")
+        new.mkdir(parents=True)
+        save("last.pt", 0, new)
+        try:
+            new.rename(run_dir)                             # fails if another run was quicker
+        except OSError as error:
+            shutil.rmtree(new)
+            raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts "
+                          "another") from error
+        MADE.append(run_dir)
     size = sum(p.numel() for p in network.parameters())
     report(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}; steps "
            f"{start} to {args.iterations}, each {args.batch_size} of {len(training.frames)} images "
@@ -299,17 +308,17 @@ def train(args, run_dir, checkpoint=None):
             if step == args.bn_after:
                 train_mode(step)
             due = step % args.val_every == 0 or step == args.iterations
-            if step % 10 and not due and not stop:          # looking at the loss waits for a GPU
+            if step % 10 and not due and not stop:          # main.item() would wait for the GPU
                 continue
             loss = main.item()
             if due and rank == 0:
                 speed = (step - since) * args.batch_size / (time.perf_counter() - began)
                 rows.append(dict(step=step, **validate(predict, measured, args),
                                  lr=learning_rate(args, step - 1), images_per_s=speed))
-                loss += rows[-1]["val_loss"]
+                loss += rows[-1]["val_loss"]                # only for the check below
             if not np.isfinite(loss):
-                raise Problem(f"the loss at step {step} is {loss}, so it was not saved: try a lower "
-                              "--lr")
+                raise Problem(f"the loss at step {step} is {loss}: try a lower --lr. It was "
+                              "not saved")
             if due and rank == 0:
                 if rows[-1]["val_miou"] > best:
                     best = rows[-1]["val_miou"]
@@ -322,7 +331,8 @@ def train(args, run_dir, checkpoint=None):
                 train_mode(step)
                 since, began = step, time.perf_counter()
             if stop:
-                print(f"Stopped after step {step}. To continue: python train.py --resume {run_dir}")
+                print(f"Stopped after step {step}. To continue: python train.py --resume {run_dir}"
+                      ", or a study's own command")
                 sys.exit(128 + stop[0])
     if world > 1:
         dist.barrier()                                      # last.pt is whole for every process
@@ -400,7 +410,7 @@ def start_from(network, path, classes):
     heads = {id(p) for head, _ in getattr(network, "heads", ()) for p in head.parameters()}
     taken = {name: value for name, value in checkpoint["weights"].items() if name in own
              and value.shape == own[name].shape and (same or id(own[name]) not in heads)}
-    if not taken:
+    if not any(value.ndim == 4 for value in taken.values()):
         raise Problem(f"nothing in --init-from {path} fits this network: model or width differ")
     network.load_state_dict(taken, strict=False)
     return f"--init-from {path}: took {len(taken)} of {len(own)} tensors"
@@ -457,15 +467,22 @@ def study(args, out):
     longer, and on the test split. Finished runs are measured again, others are continued."""
     rank, world, *_ = join_processes(args)
     classes, training = read_data(args, rank)
+    Split(args.data, "test", classes)                       # what would fail after the last run
+    if args.model != "hourglass":
+        Criterion(classes, "w1-outer")
     runs, decisions = {}, []
 
-    def row(name, **changes):
+    def run(name, **changes):
         run_dir = out / "-".join(name.replace(" +", "").replace(",", "").split())
         settings, checkpoint = Namespace(**vars(args) | dict(study=False) | changes), None
         if (run_dir / "last.pt").exists():
             checkpoint, _ = evaluate.load_checkpoint(run_dir / "last.pt")
+            changed = [name for name, value in vars(settings).items() if name not in (
+                *MAY_CHANGE, "final_iterations") and checkpoint["settings"].get(name) != value]
+            if changed:
+                raise Problem(f"{run_dir} has other {', '.join(changed)}: name another --out")
         if not checkpoint or checkpoint["step"] < settings.iterations:
-            train(settings, run_dir, checkpoint)            # which prints the row's folder
+            train(settings, run_dir, checkpoint)            # which prints the run's folder
         figures = evaluate.measure(run_dir / "best.pt", args, "val") if rank == 0 else {}
         runs[name] = figures | dict(name=name, run_dir=run_dir, changes=changes)
         return runs[name]
@@ -485,23 +502,23 @@ def study(args, out):
         return winner
 
     if args.model == "hourglass":
-        best = row("plain")
+        best = run("plain")
         if classes["names"] == NAMES:
-            best = better(best, row("coarse-to-fine", coarse_to_fine=True))
+            best = better(best, run("coarse-to-fine", coarse_to_fine=True))
         known = training.joints is not None and classes["joint_mirror"]
-        best = better(best, row("joint head", joints="surreal" if known else "centroids"))
+        best = better(best, run("joint head", joints="surreal" if known else "centroids"))
     else:
-        base = row("normal")
+        base = run("normal")
         if "width" in inspect.signature(MODELS[args.model]).parameters:
-            base = better(base, row("doubled", width=2 * args.width))
-        base = best = better(base, row(f"{base['name']} + augmentation", **base["changes"],
+            base = better(base, run("doubled", width=2 * args.width))
+        base = best = better(base, run(f"{base['name']} + augmentation", **base["changes"],
                                        augment=["mirror", "scale"]))
         for weighting in WEIGHTINGS[1:]:
             if args.model != "segnet" or weighting.endswith("outer"):
-                best = better(best, row(f"{base['name']} + {weighting}", **base["changes"],
+                best = better(best, run(f"{base['name']} + {weighting}", **base["changes"],
                                         weighting=weighting))
     if args.final_iterations != args.iterations:
-        best = row(f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
+        best = run(f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
     if rank:
         return
     test = evaluate.measure(best["run_dir"] / "best.pt", args, "test")
@@ -530,7 +547,7 @@ QUICK = {
                                features=128, stem_stride=4, joints_from=1, joints_modules=1),
 }
 DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
-                val_images=500, data="", init_from="", out="", resume="")   # of recipes, options
+                val_images=500, data="", init_from="", out="", resume="")   # if no recipe differs
 MAY_CHANGE = ("workers", "device", "precision", "compile", "iterations", "out", "resume")
 STUDIED = ("width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints")
 
@@ -588,7 +605,7 @@ def build_parser():
 def parse(argv):
     """(options, run folder, checkpoint to continue or None). A wrong option ends the process."""
     parser = build_parser()
-    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))    # hides the defaults
+    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))    # None: not given
     given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items()
              if value is not None}
     model, study, checkpoint = given.get("model"), "study" in given, None
@@ -634,14 +651,18 @@ def check_options(args, given, checkpoint):
             raise Problem(f"{option} was {stored} when this run began: leave it out")
         if name in others or args.study and name in STUDIED:
             raise Problem(f"{option} is no option of {args.model} or of --study: leave it out")
-        if name in ("batch_size", "iterations", "val_every", "val_images") and value < 1:
+        if name in ("batch_size", "iterations", "val_every", "val_images", "stacks") and value < 1:
             raise Problem(f"{option} {value} is less than 1")
+        if name in ("size", "workers") and value < 0:
+            raise Problem(f"{option} {value} is less than 0")
     if {"double_filters", "width"} <= given.keys():
         raise Problem("--double-filters is --width 2: give one of the two")
     if args.size % 32:
         raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
-    if (args.coarse_to_fine or args.study) and args.stacks == 1:
-        raise Problem("coarse-to-fine labels need --stacks 2 or more: a single module learns all")
+    if (args.coarse_to_fine or args.study and args.model == "hourglass") and args.stacks == 1:
+        raise Problem("coarse-to-fine labels need --stacks 2 or more (--quick has one)")
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
+        raise Problem("srun started several copies: let it start one torchrun, as in the README")
     if args.joints_from > args.stacks and (args.joints != "none" or args.study):
         raise Problem(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -673,9 +694,10 @@ def start(argv):
             study(args, run_dir)
         else:
             train(args, run_dir, checkpoint)
-    except (Problem, RuntimeError):         # nothing was learned: the command can be repeated
-        if first and not (checkpoint or args.study or (run_dir / "best.pt").exists()):
-            shutil.rmtree(run_dir, ignore_errors=True)
+    except (Problem, RuntimeError, OSError):
+        for folder in MADE:                 # where nothing was learned, the command can be repeated
+            if not (folder / "best.pt").exists():
+                shutil.rmtree(folder, ignore_errors=True)
         raise
     return 0
 
