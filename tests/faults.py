@@ -1,4 +1,4 @@
-"""Breaks things on purpose and prints what was tried and what held: the README's "Reliability".
+"""Breaks things on purpose and prints what was tried and what held: the README's "What is promised".
 
 `python tests/faults.py` tries everything, in ten minutes on two cores, `python tests/faults.py
 kills options` some of it. pytest's tests hold one quick case of each.
