@@ -12,10 +12,8 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -25,7 +23,6 @@ import torch.nn.functional as F
 from matplotlib import colormaps, figure, patches
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hourglass import StackedHourglass
@@ -34,13 +31,10 @@ from segnet import SegNet
 
 MODELS = {"icnet": ICNet, "segnet": SegNet, "hourglass": StackedHourglass}
 IGNORE = 255        # label of pixels that count nowhere
-FIGURES = dict(     # of scores(); the paper calls two of them F1
-    miou="mIoU", accuracy="accuracy", f1="F1, mean over classes",
-    precision="precision, mean over classes", class_accuracy="accuracy, mean over classes",
-    body_f1="F1, body against background", body_precision="precision, body against background",
-    body_recall="recall, body against background")
-# Huge pages on Linux: a CPU takes fresh memory for every large tensor, a fifth of ICNet's time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# The figures of scores() and their titles. The paper calls two of them F1.
+FIGURES = dict(miou="mIoU", accuracy="accuracy", class_accuracy="accuracy, mean over classes",
+               f1="F1, mean over classes", body_f1="F1, body against background")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # huge pages save ICNet a fifth of its time
 warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")     # NaN means "unknown"
 
 
@@ -51,19 +45,21 @@ class Problem(Exception):
 # ---- Predictions and metrics
 
 class Predictor:
-    """A network on `device`, the classes it learned (for mean and std), "fp32" or "bf16", and
-    logit_weights w (K floats) or None: a network trained on logits * w also predicts from them."""
+    """A network on `device` in "fp32" or "bf16", with what evaluation takes from its checkpoint.
+    logit_weights w: K floats, or None. A network trained on logits * w predicts from them too."""
 
-    def __init__(self, model, classes, device, precision, logit_weights=None):
-        self.model, self.classes, self.device = model, classes, device
-        self.precision, self.logit_weights = precision, logit_weights
+    def __init__(self, checkpoint, network, device, precision):
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.classes, self.settings = checkpoint["classes"], checkpoint["settings"]
+        self.logit_weights = checkpoint["logit_weights"]
+        self.device, self.precision = device, precision
 
     @torch.no_grad()
     def __call__(self, images, size):
         """(B, 3, H, W) uint8 -> prediction (B, *size) int64, logits (B, K, *size) float32."""
         images = normalise(images.to(self.device), self.classes)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(images).float()
+            logits = self.network(images).float()
         if logits.shape[2:] != tuple(size):
             logits = F.interpolate(logits, size=tuple(size), mode="bilinear")
         if self.logit_weights is not None:
@@ -102,32 +98,22 @@ def scores(confusion):
     """(..., K, K) matrices -> dict of FIGURES, (...) arrays, and of each class's iou, class_f1,
     class_precision and recall, (..., K). IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN)
     of a class count where it occurs in truth or prediction, precision where it was predicted,
-    recall (its accuracy) where it is true. body_*: all classes but 0, the background, as one."""
+    recall (its accuracy) where it is true. body_f1: all classes but 0, the background, as one."""
     confusion = np.asarray(confusion, dtype=np.float64)
     tp, true, predicted = np.diagonal(confusion, 0, -2, -1), confusion.sum(-1), confusion.sum(-2)
-    body, body_true = confusion[..., 1:, 1:].sum((-2, -1)), true[..., 1:].sum(-1)
-    body_predicted = predicted[..., 1:].sum(-1)
-    iou, f1 = tp / (true + predicted - tp), 2 * tp / (true + predicted)
-    precision, recall = tp / predicted, tp / true
-    return dict(iou=iou, class_f1=f1, class_precision=precision, recall=recall,
-                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1),
-                precision=np.nanmean(precision, -1), class_accuracy=np.nanmean(recall, -1),
-                accuracy=tp.sum(-1) / true.sum(-1), body_precision=body / body_predicted,
-                body_recall=body / body_true, body_f1=2 * body / (body_true + body_predicted))
+    body, bodies = confusion[..., 1:, 1:].sum((-2, -1)), (true + predicted)[..., 1:].sum(-1)
+    iou, f1, recall = tp / (true + predicted - tp), 2 * tp / (true + predicted), tp / true
+    return dict(iou=iou, class_f1=f1, class_precision=tp / predicted, recall=recall,
+                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1), body_f1=2 * body / bodies,
+                class_accuracy=np.nanmean(recall, -1), accuracy=tp.sum(-1) / true.sum(-1))
 
 
-def clip_of(frame):
-    """The clip of a frame: its name without _ddd; a name without that ending is its own clip."""
-    return re.sub(r"_\d{3}$", "", frame)
-
-
-def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
-    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s.
-    The bootstrap (Efron 1979) computes them again for clips drawn with replacement: they scatter as
-    they would for other clips. Whole clips are drawn, since the frames of one are much alike.
-    confusions, other: (N, K, K) int64; frames: N names. NaN below two clips."""
-    clips = np.unique([clip_of(frame) for frame in frames], return_inverse=True)[1]
-    C, drawn = clips.max(initial=0) + 1, []
+def bootstrap(confusions, clips, other=None, draws=1000, seed=0):
+    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s. The
+    bootstrap (Efron 1979) computes them again for clips drawn with replacement; whole clips, since
+    frames of one are much alike. confusions, other: (N, K, K) int64; clips: N names of clips."""
+    names, clips = np.unique(clips, return_inverse=True)
+    C, drawn = len(names), []
     times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
     for matrices in [confusions] if other is None else [confusions, other]:
         per_clip = np.zeros((C, matrices[0].numel()))
@@ -138,10 +124,10 @@ def bootstrap(confusions, frames, other=None, draws=1000, seed=0):
     return dict(zip(FIGURES, halves if C > 1 else np.full_like(halves, np.nan)))
 
 
-def paired_difference(one, other, frames):
+def paired_difference(one, other, clips):
     """mIoU of `one` minus that of `other` on the same frames, and its half width of 95 %."""
     difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
-    return difference, bootstrap(one, frames, other)["miou"]
+    return difference, bootstrap(one, clips, other)["miou"]
 
 
 # ---- The prepared folder
@@ -168,15 +154,12 @@ def read_classes(data, count=False):
 
 def count_pixels(split):
     """Size of the images, label pixels of each class (K ints), mean and std of RGB in 0..1."""
-    names, pixels, moments = split.classes["names"], 0, 0
+    K, pixels, moments = len(split.classes["names"]), 0, 0
     for frame in tqdm(split.frames, desc="counting labels", unit=" frames", disable=None):
         image, label = split.load_frame(frame)
         values = image.reshape(-1, 3) / 255
         moments = moments + np.stack([values.mean(0), (values ** 2).mean(0)]) / len(split.frames)
-        pixels = pixels + np.bincount(label.ravel(), minlength=IGNORE + 1)[:len(names)]
-    absent = ", ".join(name for name, count in zip(names, pixels) if count == 0)
-    if absent:
-        print(f"Note: no label of {split.folder} has a pixel of {absent}.")
+        pixels = pixels + np.bincount(label.ravel(), minlength=IGNORE + 1)[:K]
     if np.count_nonzero(pixels) < 2:
         raise Problem(f"{split.folder}/labels show one class. 255 means ignore, so a mask of 0 and "
                       "255 has to become one of 0 and 1")
@@ -184,11 +167,11 @@ def count_pixels(split):
     return dict(size=split.prepared, pixels=pixels.tolist(), mean=mean.tolist(), std=std.tolist())
 
 
-def pictures_in(folder, kinds=(".jpg", ".jpeg", ".png")):
+def pictures_in(folder, endings=(".jpg", ".jpeg", ".png")):
     """Sorted paths of a folder's pictures, without the "._" files that macOS leaves."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [f"{folder}/{name}" for name in names
-            if name.lower().endswith(kinds) and not name.startswith("._")]
+            if name.lower().endswith(endings) and not name.startswith("._")]
 
 
 def open_picture(path):
@@ -206,15 +189,16 @@ class Split(Dataset):
 
     def __init__(self, data, split, classes, size=None, labels_at_size=False):
         self.folder, self.classes = Path(data) / split, classes
-        images, labels = pictures_in(f"{data}/{split}/images"), pictures_in(
-            f"{data}/{split}/labels", ".png")
-        self.images = {Path(path).stem: path for path in images}
-        self.labels = {Path(path).stem: path for path in labels}
+        images, labels = pictures_in(self.folder / "images"), pictures_in(
+            self.folder / "labels", ".png")
+        self.images, self.labels = ({Path(path).stem: path for path in paths}
+                                    for paths in (images, labels))
         self.frames = sorted(self.images)
         if not self.frames:
             raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
         for frame in sorted(self.images.keys() - self.labels.keys()):
             raise Problem(f"{self.images[frame]} has no label {self.folder}/labels/{frame}.png")
+        self.clips = [re.sub(r"_\d{3}$", "", frame) for frame in self.frames]   # without _ddd
         self.prepared = classes["size"] or open_picture(self.images[self.frames[0]]).width
         self.size = size or self.prepared
         self.label_size = self.size if labels_at_size else self.prepared
@@ -222,16 +206,12 @@ class Split(Dataset):
         if (self.folder / "joints.npz").is_file():
             stored = np.load(self.folder / "joints.npz")
             known = dict(zip(stored["frames"].tolist(), stored["joints"].astype(np.float32)))
-            unknown = np.full(stored["joints"].shape[1:], np.nan, np.float32)
-            self.joints = np.stack([known.get(frame, unknown) for frame in self.frames])
+            self.joints = np.stack([known[frame] for frame in self.frames])
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
-        images, if known. A Problem is returned: raised in a worker, it would bring a traceback."""
-        try:
-            images, labels = zip(*(self.load_frame(self.frames[index]) for index in indices))
-        except Problem as problem:
-            return problem
+        images, if known."""
+        images, labels = zip(*(self.load_frame(self.frames[index]) for index in indices))
         batch = dict(images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),  # channels last
                      labels=torch.from_numpy(np.stack(labels)))
         if self.joints is not None:     # whole numbers are the centres of pixels
@@ -244,11 +224,9 @@ class Split(Dataset):
         image_path, path, K = self.images[frame], self.labels[frame], len(self.classes["names"])
         image, label = open_picture(image_path).convert("RGB"), open_picture(path)
         if {image.size, label.size} != {(self.prepared,) * 2} or label.mode not in ("P", "L"):
-            raise Problem(f"{image_path} {image.size} and {path} {label.size} {label.mode} have to "
-                          f"be {self.prepared} pixels square, the label a grey or palette PNG of "
-                          'class ids: see "Your own" in the README')
-        if self.size != self.prepared:
-            image = image.resize((self.size, self.size), Image.BILINEAR)   # averages when shrinking
+            raise Problem(f"{image_path} and {path} have to be {self.prepared} pixels square, and "
+                          'the label a grey or palette PNG of ids: README, "Your own"')
+        image = image.resize((self.size, self.size), Image.BILINEAR)    # averages when shrinking
         label = np.asarray(label.resize((self.label_size, self.label_size), Image.NEAREST))
         unknown = label[(label >= K) & (label != IGNORE)]
         if unknown.size:
@@ -263,12 +241,10 @@ def ignore_signals(worker):
 
 
 def stream(split, chunks, workers, device):
-    """split[chunk] for every chunk of indices, in order, on `device`. Raises Problem: bad data."""
+    """Yields split[chunk] for every chunk of indices, in order, on `device`."""
     for batch in DataLoader(split, batch_size=None, sampler=chunks, num_workers=workers,
                             timeout=90 if workers else 0, pin_memory=device.type == "cuda",
                             worker_init_fn=ignore_signals):
-        if isinstance(batch, Problem):
-            raise batch
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -298,45 +274,29 @@ def markdown(rows):
 
 def report_text(runs, per_class=True):
     """Markdown: a column for each run of measure(), comparisons, a table of classes for each."""
-    classes, frames = runs[0]["classes"], runs[0]["split"].frames
-    names, mirror, columns, tables = classes["names"], classes["mirror"], [], []
+    classes, split = runs[0]["classes"], runs[0]["split"]
+    names, columns, tables = classes["names"], [], []
     for run in runs:
         confusion = run["confusions"].sum(0).numpy()
-        figures, halves = scores(confusion), bootstrap(run["confusions"], frames)
-        column = {"%": run["name"]}
-        for key, title in FIGURES.items():
-            if names[0].lower() == "background" or not key.startswith("body"):
-                column[title] = percent(figures[key], halves[key])
-        if mirror != sorted(mirror):
-            swapped = sum(confusion[a, b] for a, b in enumerate(mirror) if a != b)
-            wrong = max(confusion.sum() - confusion.trace(), 1)
-            column["left and right confused, of wrong pixels"] = percent(swapped / wrong)
-        for group, accuracy in group_accuracies(figures, classes["groups"]).items():
-            column[f"accuracy: {group}"] = percent(accuracy)
-        columns.append(column | run["cost"])
+        figures, halves = scores(confusion), bootstrap(run["confusions"], split.clips)
+        swapped = sum(confusion[a, b] for a, b in enumerate(classes["mirror"]) if a != b)
+        swapped /= max(confusion.sum() - confusion.trace(), 1)
+        column = {"%": run["name"], "image size": run["split"].size}
+        column |= {title: percent(figures[key], halves[key]) for key, title in FIGURES.items()}
+        column["left and right confused, of wrong pixels"] = percent(swapped)
+        columns.append(column | {f"accuracy: {group}": percent(np.nanmean(figures["recall"][ids]))
+                                 for group, ids in classes["groups"].items()})
         cells = zip(names, *(map(percent, figures[key]) for key in (
             "iou", "class_f1", "class_precision", "recall")))
         tables.append([(f"{run['name']}, %", "IoU", "F1", "precision", "accuracy"), *cells])
-    clips = len(set(map(clip_of, frames)))
-    lines = [f"**{source_note(classes)}**: {len(frames)} images of {runs[0]['split'].folder}, "
-             f"{clips} clips; {runs[0]['machine']}\n",
+    lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
+             f"{len(set(split.clips))} clips\n",
              markdown([[title, *(column[title] for column in columns)] for title in columns[0]]),
-             "+-: half the 95 % interval over other clips. Another training seed is not in it."
-             if clips > 1 else "No intervals: all frames are of one clip (names that end in _001)."]
+             "+-: half the 95 % interval over other clips. Another training seed is not in it."]
     for one, other in itertools.combinations(runs, 2):
-        points = percent(*paired_difference(one["confusions"], other["confusions"], frames), 2)
+        points = percent(*paired_difference(one["confusions"], other["confusions"], split.clips), 2)
         lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, same clips.")
     return "\n".join(lines + ["\n" + markdown(table) for table in tables if per_class])
-
-
-def group_accuracies(figures, groups):
-    """{column: mean accuracy of its classes}, the 13 columns of the paper's Tables 2 and 5."""
-    return {group: float(np.nanmean(figures["recall"][ids])) for group, ids in groups.items()}
-
-
-def source_note(classes):
-    """What stands on every table and picture: where the frames came from."""
-    return "stand-in, not SURREAL" if "stand-in" in classes["source"] else classes["source"]
 
 
 def colours(labels, palette):
@@ -359,22 +319,21 @@ def draw_grid(path, rows, classes, ids):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[], title=title)
     sheet.legend([patches.Patch(color=np.array(classes["palette"][i]) / 255) for i in ids],
-                 [classes["names"][i] for i in ids], title=source_note(classes), fontsize=9,
+                 [classes["names"][i] for i in ids], title=classes["source"], fontsize=9,
                  loc="outside lower center", frameon=False, ncols=int(1.6 * across))
     sheet.savefig(path)
 
 
 def draw_examples(path, runs):
-    """The clips of best, median and worst mIoU: photo, ground truth, a row for each network."""
+    """Six clips, from the best mIoU to the worst: photo, ground truth, a row for each network."""
     own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
     split, classes = runs[0]["split"], runs[0]["classes"]
-    first = np.unique([clip_of(frame) for frame in split.frames], return_index=True)[1]
-    order, N = first[np.argsort(-own.mean(0)[first], kind="stable")], len(first)
-    chosen = order[sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N)))]
+    first = np.unique(split.clips, return_index=True)[1]
+    order = first[np.argsort(-own.mean(0)[first], kind="stable")]
+    chosen = order[np.linspace(0, len(order) - 1, 6).astype(int)]
     batch = Split(split.folder.parent, split.folder.name, classes)[chosen]     # as prepared
-    blank = [""] * len(chosen)
-    rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), blank),
-            ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), blank)]
+    rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), [""] * 6),
+            ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), [""] * 6)]
     for run, values in zip(runs, own[:, chosen]):
         prediction, _ = run["predict"](run["split"][chosen]["images"], batch["labels"].shape[1:])
         rows.append((run["name"], colours(prediction.cpu().numpy(), classes["palette"]),
@@ -382,44 +341,13 @@ def draw_examples(path, runs):
     draw_grid(path, rows, classes, range(len(classes["names"])))
 
 
-def draw_confusion(path, run):
-    """The confusion matrix in percent of each true class."""
-    confusion, names = run["confusions"].sum(0).numpy(), run["classes"]["names"]
-    sheet = figure.Figure((3 + 0.2 * len(names),) * 2, layout="constrained")
-    axes = sheet.subplots()
-    share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    sheet.colorbar(axes.imshow(share, cmap="Blues"), label="% of the pixels of the true class")
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=source_note(run["classes"]))
-    sheet.savefig(path)
-
-
-def segment(file, predict, size, out):
-    """Writes <out>-overlay.png and <out>-labels.png of a picture of any size."""
-    image, palette = open_picture(file).convert("RGB"), predict.classes["palette"]
-    small, shown = (image.resize([max(1, round(side * longer / max(image.size)))
-                                  for side in image.size], Image.BILINEAR)
-                    for longer in (size, min(1024, max(image.size))))  # as in training; to look at
-    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
-    prediction = predict(pixels, shown.size[::-1])[0][0].cpu().numpy()
-    photo, coloured = np.asarray(shown), colours(prediction, palette)
-    blended = np.where(prediction[..., None] > 0, photo // 3 + coloured // 3 * 2, photo)
-    draw_grid(f"{out}-overlay.png", [("", [photo, blended], ["", ""])], predict.classes,
-              np.unique(prediction))
-    labels = Image.fromarray(prediction.astype(np.uint8)).resize(image.size, Image.NEAREST)
-    labels.putpalette(colours(np.arange(IGNORE + 1), palette).tobytes())
-    labels.save(f"{out}-labels.png")
-
-
 # ---- Devices, checkpoints, errors, command line
 
 def pick_device(name="auto", precision="auto"):
     """(torch.device, "fp32" or "bf16"). auto: CUDA, and bf16, where the hardware has them."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
     able = torch.cpu.get_capabilities()
@@ -437,25 +365,22 @@ def find_checkpoint(path="runs", name="best.pt"):
     return max(found, key=os.path.getmtime)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """(checkpoint of train.py, its network in eval()). Raises Problem for a file that is damaged or
     something else. weights_only: no code in the file is run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network = MODELS[checkpoint["model"]](**checkpoint["kwargs"])
         network.load_state_dict(checkpoint["weights"])
-        return checkpoint, network.eval().to(device, memory_format=torch.channels_last)
+        return checkpoint, network.eval()
     except Exception as error:          # a garbled file can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise Problem(f"{path} is no usable checkpoint of train.py ({reason})") from error
 
 
-SHARED = shutil.disk_usage("/dev/shm").total / 2 ** 20 if os.path.isdir("/dev/shm") else 0
 TROUBLE = {     # words in an exception, and what they mean to a user
-    r"dataloader (worker \(|timed)": "the processes that read images died or hang. They hand images"
-        f" over in /dev/shm ({SHARED:.1f} MiB here): try --workers 0",
-    "alloc|out of memory|memoryerror": "out of memory: try a smaller --batch-size or --size",
-    "gloo|distbackend": "another process of this run ended; its message is above or below"}
+    r"dataloader (worker \(|timed)": "the processes that read images died or hang: --workers 0",
+    "alloc|out of memory|memoryerror": "out of memory: try a smaller --batch-size or --size"}
 
 
 def run_command(program, function):
@@ -464,13 +389,10 @@ def run_command(program, function):
     status, message = 2, None
     try:
         status = function()
-        sys.stdout.flush()
-    except BrokenPipeError:             # of "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         status, message = 130, "stopped by Ctrl-C"
-    except (Problem, OSError) as error:
-        message = error
+    except (Problem, OSError) as error:     # a worker's traceback ends in "Problem: ..."
+        message = str(error).splitlines()[-1].split("Problem: ")[-1]
     except Exception as error:
         known = [TROUBLE[words] for words in TROUBLE if re.search(words, repr(error), re.I)]
         if not known:
@@ -494,68 +416,53 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **settings)
         add = self.add_argument_group("machine").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-            help="auto: bf16 where the hardware has it, in half the time and memory")
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 is faster")
         add("--workers", type=int, default=1, help="processes that read images; 0: only this one")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def cost(predict, size):
-    """{row of the report: cell}: what the network costs at evaluation."""
-    with FlopCounterMode(display=False) as flops:           # counts 2 for a multiply-add
-        predict(torch.zeros(1, 3, size, size, dtype=torch.uint8), (size, size))
-    used = sum(value.numel() for name, value in predict.model.named_parameters()
-               if not name.startswith(getattr(predict.model, "training_only", ())))
-    return {"image size": size, "parameters, million": f"{used / 1e6:.2f}",
-            "multiply-adds an image, billion": f"{flops.get_total_flops() / 2e9:.2f}"}
-
-
-def measure(path, args, split, data=None, raw=False):
-    """One checkpoint on one split: what reports and pictures need. raw: predict from the logits
-    without the weights w, as the authors of the paper did after training on logits * w."""
-    device, precision = pick_device(args.device, args.precision)
-    checkpoint, network = load_checkpoint(path, device)
-    data, trained = data or checkpoint["settings"]["data"], checkpoint["classes"]
-    classes, size = read_classes(data), checkpoint["settings"]["size"] or trained["size"]
+def measure(path, args, split, data=None):
+    """One checkpoint on one split: what reports and pictures need."""
+    predict = Predictor(*load_checkpoint(path), *pick_device(args.device, args.precision))
+    data = data or predict.settings["data"]
+    classes, trained = read_classes(data), predict.classes
     if classes["names"] != trained["names"]:
-        raise Problem(f"{data} has other classes ({', '.join(classes['names'])[:40]}) than {path} "
-                      f"({', '.join(trained['names'])[:40]}): name other data with --data")
-    weights = None if raw else checkpoint["logit_weights"]
-    predict = Predictor(network, trained, device, precision, weights)
-    frames = Split(data, split, classes, size)
-    figures = cost(predict, frames.size)
-    start = time.perf_counter()
+        raise Problem(f"{data} has other classes than {path}: name other data with --data")
+    frames = Split(data, split, classes, predict.settings["size"] or trained["size"])
     confusions, _ = evaluate_split(predict, frames, args.batch_size, args.workers)
-    figures["images/s, reading included"] = f"{len(confusions) / (time.perf_counter() - start):.1f}"
     name = path.resolve().parent.name if path.name in ("best.pt", "last.pt") else path.stem
-    return dict(name=name + ", argmax of x" * raw, predict=predict, split=frames, classes=classes,
-                machine=f"{device}, {precision}, {args.batch_size} images at a time",
-                confusions=confusions, cost=figures)
+    return dict(name=name, predict=predict, split=frames, classes=classes, confusions=confusions)
 
 
-def segment_all(args, path):
-    """Segments args.images. A broken picture costs only itself; the exit status is 1 then."""
-    files = [Path(file) for path in args.images for file in pictures_in(path) or [path]]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise Problem(f"there is no picture {', '.join(missing)}")
-    device, precision = pick_device(args.device, args.precision)
-    checkpoint, network = load_checkpoint(path, device)
-    classes, weights = checkpoint["classes"], checkpoint["logit_weights"]
-    predict = Predictor(network, classes, device, precision, weights)
+def segment(path, args):
+    """Writes <picture>-overlay.png and <picture>-labels.png of args.images, of any size. A broken
+    or missing picture costs only itself; the exit status is 1 then, else 0."""
+    predict = Predictor(*load_checkpoint(path), *pick_device(args.device, args.precision))
+    size, palette = predict.settings["size"] or predict.classes["size"], predict.classes["palette"]
     out, status = Path(args.out or "runs/pictures"), 0
     out.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        alone = [other.name for other in files].count(file.name) == 1
-        result = out / (file.name if alone else "-".join(file.parts[-2:]))
+    for file in (Path(file) for path in args.images for file in pictures_in(path) or [path]):
         try:
-            segment(file, predict, checkpoint["settings"]["size"] or classes["size"], result)
-            print(f"{file}: {result}-overlay.png, -labels.png")
+            image = open_picture(file).convert("RGB")
         except Problem as problem:
             print(problem)
             status = 1
+            continue
+        small = ImageOps.contain(image, (size, size), Image.BILINEAR)       # as in training
+        shown = ImageOps.contain(image, [min(1024, max(image.size))] * 2)   # to look at
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+        prediction = predict(pixels, shown.size[::-1])[0][0].cpu().numpy()
+        photo, coloured = np.asarray(shown), colours(prediction, palette)
+        overlay = np.where(prediction[..., None] > 0, photo // 3 + coloured // 3 * 2, photo)
+        result = out / "-".join(file.parts[-2:])            # two folders can have a 1.jpg each
+        draw_grid(f"{result}-overlay.png", [("", [photo, overlay], ["", ""])], predict.classes,
+                  np.unique(prediction))
+        labels = Image.fromarray(prediction.astype(np.uint8)).resize(image.size, Image.NEAREST)
+        labels.putpalette(colours(np.arange(IGNORE + 1), palette).tobytes())
+        labels.save(f"{result}-labels.png")
+        print(f"{file}: {result}-overlay.png, -labels.png")
     return status
 
 
@@ -576,20 +483,16 @@ def main(argv=None):
         parser.error("--batch-size starts at 1, --workers at 0")
     paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
     if args.images:
-        return segment_all(args, paths[0])
+        return segment(paths[0], args)
     runs = [measure(path, args, args.split, args.data) for path in paths]
-    runs += [measure(path, args, args.split, args.data, raw=True)
-             for path, run in zip(paths, runs) if run["predict"].logit_weights]
     if len({run["split"].folder for run in runs}) > 1:
         raise Problem("these networks were trained on different data: choose one with --data")
-    usual = paths[0].parent / args.split if len(paths) == 1 else "runs/comparison"
-    out = Path(args.out or usual)
+    beside = paths[0].parent / args.split if len(paths) == 1 else "runs/comparison"
+    out = Path(args.out or beside)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report_text(runs), encoding="utf-8")
     draw_examples(out / "examples.png", runs)
-    draw_confusion(out / "confusion.png", runs[0])
-    print(report_text(runs, args.per_class))
-    print(f"Written into {out}: report.md, examples.png, confusion.png")
+    print(report_text(runs, args.per_class), f"\nWritten into {out}: report.md, examples.png")
     return 0
 
 

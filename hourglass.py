@@ -168,20 +168,19 @@ class StackedHourglass(nn.Module):
     stem_stride: 1, 2 or 4: the modules work at this fraction of the resolution.
     coarse_to_fine: module s learns the label set of its level, for SURREAL's 25 classes.
     joints: "none"; "surreal": the num_joints joints of the data; "centroids": centres of the parts.
-    joints_from, joints_modules: the module that feeds the branch (1 to stacks), and its length.
+    joints_from, joints_modules: the module that feeds the branch (or the last), and its length.
     checkpoint_activations: recompute them in the backward pass, one module at a time. An image at
         320x320, stride 1, in bf16 takes 1.5 GiB instead of 4.1 (on the CPU), for 1.3 of the time.
     """
     recipe = dict(batch_size=3, lr=2.5e-4, optimizer="RMSprop", schedule="step", factor=0.96,
                   every=2000, iterations=150000, val_every=1000, val_images=300)
-    training_only = ("joint_stages.",)  # prefixes of the weights that evaluation does without
 
     def __init__(self, num_classes=25, width=1, *, stacks=4, features=256, stem_stride=1,
                  coarse_to_fine=False, joints="none", joints_from=2, joints_modules=2,
                  num_joints=24, checkpoint_activations=False):
         super().__init__()
         self.num_classes, self.stem_stride = num_classes, stem_stride
-        self.joints, self.joints_from = joints, joints_from
+        self.joints, self.joints_from = joints, min(joints_from, stacks)
         self.checkpoint_activations = checkpoint_activations
         C, C2, C4 = (max(1, round(features * width / part)) for part in (1, 2, 4))
         self.stem = nn.Sequential(

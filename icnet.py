@@ -92,7 +92,6 @@ class ICNet(nn.Module):
     width: factor on every channel count but the image's and the classes'; 2 doubles the filters."""
     recipe = dict(batch_size=64, lr=0.01, optimizer="SGD", optimizer_args={"momentum": 0.9},
                   weight_decay=1e-4, schedule="poly", power=0.9, iterations=40000)  # Section 3.2.3
-    training_only = ("head16.", "head8.")  # prefixes of the weights that evaluation does without
 
     def __init__(self, num_classes=25, width=1, *, head_weights=(0.4, 0.6, 1.0)):
         super().__init__()

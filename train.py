@@ -6,15 +6,12 @@ of (seed, t) alone, so a run that was killed continues exactly where it stopped.
 Differs from the authors' code: a mirror swaps left and right, factors of scale are drawn
 log-uniformly (there uniformly), and class heads start at the classes' prior.
 """
-import contextlib
 import functools
 import inspect
 import io
 import os
-import shutil
 import signal
 import sys
-import time
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +28,6 @@ import evaluate
 from evaluate import IGNORE, MODELS, Predictor, Problem, Split, percent
 from hourglass import NAMES
 
-MADE = []           # run folders that this process made
 WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 
 
@@ -39,7 +35,6 @@ WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 
 def class_weights(counts, scheme):
     """Class weights (K,) float32 of the paper's Section 3.1.
-
     counts: (K,) float64, label pixels of each class in the train split, all above 0.
     scheme: "w1" = 1 - C_i / sum(C), or "w2" = B exp(-(B - mean B) / (4 std B)) with B = max(C) / C
     and the population std, scaled to max 1, without which SGD at 0.01 diverges. With W2 an error on
@@ -55,19 +50,18 @@ def class_weights(counts, scheme):
 
 class Criterion:
     """Cross-entropy, plain or weighted: the mean over the pixels that count (label 255 does not).
+    Raises Problem for a weighting and a class without pixels, which would have no weight.
 
     outer:  mean of w[label] * CE(logits, label), not divided by the sum of w, as the paper has it
     direct: mean of CE(logits * w, label); such a network also predicts from logits * w
-    Raises Problem for a class without pixels, which has no weight.
     """
 
     def __init__(self, classes, weighting="none", device="cpu"):
         self.scheme, _, self.form = weighting.partition("-")
         self.pixels = torch.tensor(classes["pixels"], dtype=torch.float64, device=device)
-        absent = [name for name, count in zip(classes["names"], classes["pixels"]) if count == 0]
-        if absent and self.form:
-            raise Problem(f"--weighting {weighting} needs pixels of every class, and there are none"
-                          f" of {', '.join(absent)}: leave the option out, or add frames")
+        if self.form and 0 in classes["pixels"]:
+            absent = classes["names"][classes["pixels"].index(0)]
+            raise Problem(f"--weighting {weighting}: no training label has a pixel of {absent}")
 
     def pixels_and_weights(self, K, levels=None):
         """Pixels and class weights, (K,) each; without weighting, None for the weights. levels:
@@ -105,8 +99,7 @@ class Criterion:
         return loss.sum(), (target != IGNORE).sum()
 
     def __call__(self, logits, labels, levels=None):
-        """The mean over the pixels of all processes, times the number of processes, since
-        DistributedDataParallel averages gradients."""
+        """The mean over all processes' pixels, times their number, since DDP averages gradients."""
         loss, count = self.totals(logits, labels, levels)
         if dist.is_initialized():
             dist.all_reduce(count)
@@ -125,15 +118,13 @@ def frame_order(frames, batch_size, seed, start, steps):
         yield [int(epoch(position // frames)[position % frames]) for position in positions]
 
 
-def draw_augmentation(seed, step, batch_size, augment):
+def draw_augmentation(seed, step, batch_size):
     """mirror (B,) bool, scale (B,) in 0.5 to 2 and place (B, 2) in 0 to 1 for a step's batch."""
     rng = np.random.default_rng([seed, 1, step])
     mirror = torch.from_numpy(rng.random(batch_size) < 0.5)
     scale = torch.from_numpy(2 ** rng.uniform(-1, 1, batch_size)).float()
     place = torch.from_numpy(rng.random((batch_size, 2))).float()
-    if "scale" not in augment:
-        scale[:], place[:] = 1, 0
-    return mirror & bool({"mirror", "naive-mirror"} & set(augment)), scale, place
+    return mirror, scale, place
 
 
 def mirror_batch(images, labels, joints, chosen, classes, swap=True):
@@ -141,8 +132,8 @@ def mirror_batch(images, labels, joints, chosen, classes, swap=True):
     or None. A mirrored left hand is a right hand, so ids and joints swap sides, if `swap`."""
     flipped = labels.flip(-1)
     if swap:
-        table = torch.arange(IGNORE + 1, dtype=torch.uint8)
-        table[:len(classes["mirror"])] = torch.tensor(classes["mirror"], dtype=torch.uint8)
+        table = classes["mirror"] + [*range(len(classes["mirror"]), IGNORE + 1)]
+        table = torch.tensor(table, dtype=torch.uint8)
         flipped = table.to(labels.device, non_blocking=True)[flipped.long()]
     if joints is not None:
         order = classes["joint_mirror"] if swap else range(joints.shape[1])
@@ -154,12 +145,11 @@ def mirror_batch(images, labels, joints, chosen, classes, swap=True):
 
 
 def scale_batch(images, labels, joints, scale, place):
-    """Enlarges or shrinks each sample within its frame: images bilinear, labels nearest; outside
-    are the mean colour and 255. With offset t = place * (W - scale W), pixel x goes to
-    scale (x + 0.5) + t - 0.5. images (B, 3, H, W) normalised float32, labels (B, H, W) uint8,
-    joints (B, J, 2) or None, scale (B,), place (B, 2)."""
-    size = torch.tensor([images.shape[-1], images.shape[-2]]).to(images.device, non_blocking=True)
-    offset = place * (size - scale[:, None] * size)                          # (B, 2)
+    """Enlarges or shrinks each sample within its frame: images (B, 3, W, W) float32, bilinear;
+    labels (B, W, W) uint8, nearest; joints (B, J, 2) or None; by scale (B,). Outside are the mean
+    colour and 255. Pixel x goes to scale (x + 0.5) + t - 0.5, t = place (W - scale W)."""
+    size = images.shape[-1]
+    offset = place * (size - scale[:, None] * size)         # t, (B, 2)
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1   # affine_grid: -1 to 1
@@ -177,8 +167,8 @@ def prepare_batch(batch, step, args, classes, rank=0, world=1):
     """Augments and normalises a loaded batch: images (B, 3, H, W) float32, labels and joints."""
     images, labels = batch["images"], batch["labels"]
     joints = batch["joints"] if args.joints == "surreal" else None
-    mirror, scale, place = (draw[rank::world].to(images.device, non_blocking=True) for draw in
-                            draw_augmentation(args.seed, step, args.batch_size, args.augment))
+    mirror, scale, place = (draw[rank::world].to(images.device, non_blocking=True)
+                            for draw in draw_augmentation(args.seed, step, args.batch_size))
     if {"mirror", "naive-mirror"} & set(args.augment):
         images, labels, joints = mirror_batch(images, labels, joints, mirror, classes,
                                               swap="mirror" in args.augment)
@@ -202,9 +192,15 @@ def learning_rate(args, step):
 
 def train(args, run_dir, checkpoint=None):
     """Trains one network into the folder run_dir, from step 0 or from a checkpoint of that run."""
-    # 1. Processes: this one is `rank` of `world`; the first validates, reports and writes.
-    rank, world, device, precision = join_processes(args)
-    report = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+    # 1. Processes that torchrun started: this is `rank` of `world`; the first validates and writes.
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(local)                        # which "cuda" stands for from here on
+    device, precision = evaluate.pick_device(args.device, args.precision)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))  # a validation takes long
 
     # 2. Data: frames to train on, and both splits to measure.
     classes, training = read_data(args, rank)
@@ -212,84 +208,72 @@ def train(args, run_dir, checkpoint=None):
 
     # 3. Network, loss and optimiser. Weight decay acts on convolution kernels alone.
     torch.manual_seed(args.seed)
-    known = inspect.signature(MODELS[args.model]).parameters    # options of the same name
-    options = {name: value for name, value in vars(args).items() if name in known}
-    options["num_classes"] = len(classes["names"])
-    if args.joints == "surreal":
-        options["num_joints"] = len(classes["joint_mirror"])
+    known = vars(args) | dict(num_classes=len(classes["names"]),
+                              num_joints=len(classes["joint_mirror"] or ()))
+    options = {name: known[name] for name in inspect.signature(MODELS[args.model]).parameters
+               if name in known}
     network = MODELS[args.model](**options).to(device, memory_format=torch.channels_last)
     criterion = Criterion(classes, args.weighting, device)
     for head, levels in getattr(network, "heads", ()):
         head.bias.data.copy_(criterion.prior(len(head.bias), levels))
     if args.init_from and checkpoint is None:
-        report(start_from(network, args.init_from, classes))
+        start_from(network, args.init_from)
     if world > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kernels = [p for p in network.parameters() if p.ndim == 4]
-    others = [p for p in network.parameters() if p.ndim != 4]
-    optimizer = getattr(torch.optim, args.optimizer)(
-        [dict(params=kernels, weight_decay=args.weight_decay), dict(params=others, weight_decay=0)],
-        lr=args.lr, **args.optimizer_args)
+    groups = [dict(params=[p for p in network.parameters() if (p.ndim == 4) == kernel],
+                   weight_decay=args.weight_decay * kernel) for kernel in (True, False)]
+    optimizer = getattr(torch.optim, args.optimizer)(groups, lr=args.lr, **args.optimizer_args)
 
     # 4. Where the run stands. last.pt is the run: nothing else is needed to continue it.
     start, best, rows = 0, -1.0, []
     if checkpoint:
         if checkpoint["classes"]["names"] != classes["names"]:
             raise Problem(f"{args.data} has other classes than {run_dir}")
-        if args.schedule == "poly" and args.iterations != checkpoint["settings"]["iterations"]:
-            report(f"Note: the learning rate now falls to 0 at step {args.iterations}.")
+        changed = [f"{name} {value}" for name, value in checkpoint["settings"].items()
+                   if name not in MAY_CHANGE and value != vars(args).get(name)]
+        if changed:
+            raise Problem(f"{run_dir} began with {', '.join(changed)}: name another --out")
         start, best, rows = checkpoint["step"], checkpoint["best_miou"], checkpoint["rows"]
         network.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     _, weights = criterion.pixels_and_weights(len(classes["names"]))
-    direct = weights.tolist() if criterion.form == "direct" else None
-    predict = Predictor(network, classes, device, precision, direct)
+    fixed = dict(model=args.model, kwargs=options, classes=classes, settings=vars(args),
+                 logit_weights=weights.tolist() if criterion.form == "direct" else None)
+    predict = Predictor(fixed, network, device, precision)
 
-    def save(name, step, folder=run_dir):
+    def save(name, step):
         buffer = io.BytesIO()                               # so a full disk raises an OSError
-        torch.save(dict(model=args.model, kwargs=options, weights=network.state_dict(),
-                        optimizer=optimizer.state_dict(), step=step, best_miou=best, rows=rows,
-                        classes=classes, settings=vars(args), logit_weights=direct), buffer)
-        (folder / "new.pt").write_bytes(buffer.getbuffer())
-        os.replace(folder / "new.pt", folder / name)        # never leaves half a file
-
-    def train_mode(step):
-        network.train()
-        for norm in norms:
-            norm.train(step >= args.bn_after)               # frozen ones keep their statistics
+        torch.save(fixed | dict(weights=network.state_dict(), optimizer=optimizer.state_dict(),
+                                step=step, best_miou=best, rows=rows), buffer)
+        (run_dir / "new.pt").write_bytes(buffer.getbuffer())
+        os.replace(run_dir / "new.pt", run_dir / name)      # never leaves half a file
 
     if rank == 0 and checkpoint is None:
-        new = run_dir.with_name(f"{run_dir.name}.{os.getpid()}.new")
-        new.mkdir(parents=True)
-        save("last.pt", 0, new)
-        try:
-            new.rename(run_dir)                             # fails if another run was quicker
-        except OSError as error:
-            shutil.rmtree(new)
-            raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts "
-                          "another") from error
-        MADE.append(run_dir)
-    size = sum(p.numel() for p in network.parameters())
-    report(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}; steps "
-           f"{start} to {args.iterations}, each {args.batch_size} of {len(training.frames)} images "
-           f"at {training.size} pixels, {classes['source']}")
-    if weights is not None:
-        report("class weights:", *(f"{weight:.4f}" for weight in weights.tolist()))
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))     # never takes another's folder
+        save("last.pt", 0)
+    if rank == 0:
+        size = sum(p.numel() for p in network.parameters())
+        print(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}: steps "
+              f"{start} to {args.iterations} on {len(training.frames)} images, {classes['source']}")
     if args.compile:
         network.compile()                                   # in place: weights keep their names
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
     torch.backends.cudnn.benchmark = True
     order = frame_order(len(training.frames), args.batch_size, args.seed, start, args.iterations)
-    chunks = (chunk[rank::world] for chunk in order)
-    batches = evaluate.stream(training, chunks, args.workers, device)
-    bar = tqdm(total=args.iterations, initial=start, unit="step", disable=True if rank else None)
+    shares = (frames[rank::world] for frames in order)
+    batches = evaluate.stream(training, shares, args.workers, device)
+
+    stop = []                                               # gets the first Ctrl-C or SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():    # several cannot agree
+        signal.signal(number, lambda n, frame: sys.exit(128 + n) if stop else stop.append(n))
 
     # 5. The loop.
-    train_mode(start)
-    since, began = start, time.perf_counter()
-    with bar, catch_signals(world) as stop:
+    with tqdm(total=args.iterations, initial=start, disable=True if rank else None) as bar:
         for step, loaded in enumerate(batches, start):
+            network.train()
+            for norm in norms:
+                norm.train(step >= args.bn_after)           # frozen, it keeps its statistics
             images, batch = prepare_batch(loaded, step, args, classes, rank, world)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 outputs = model(images)
@@ -305,50 +289,38 @@ def train(args, run_dir, checkpoint=None):
 
             step += 1
             bar.update()
-            if step == args.bn_after:
-                train_mode(step)
             due = step % args.val_every == 0 or step == args.iterations
             if step % 10 and not due and not stop:          # main.item() would wait for the GPU
                 continue
             loss = main.item()
             if due and rank == 0:
-                speed = (step - since) * args.batch_size / (time.perf_counter() - began)
-                rows.append(dict(step=step, **validate(predict, measured, args),
-                                 lr=learning_rate(args, step - 1), images_per_s=speed))
+                rows.append(dict(step=step, **validate(predict, measured, args)))
                 loss += rows[-1]["val_loss"]                # only for the check below
             if not np.isfinite(loss):
-                raise Problem(f"the loss at step {step} is {loss}: try a lower --lr. It was "
-                              "not saved")
+                raise Problem(f"the loss at step {step} is {loss}, not saved: try a lower --lr")
             if due and rank == 0:
                 if rows[-1]["val_miou"] > best:
                     best = rows[-1]["val_miou"]
                     save("best.pt", step)
-                write_log(run_dir, rows, evaluate.source_note(classes))
+                write_log(run_dir, rows, classes["source"])
             if (due or stop) and rank == 0:
                 save("last.pt", step)
             bar.set_postfix_str(f"loss {main.item():.3f}, best mIoU {percent(max(best, 0))} %")
-            if due:
-                train_mode(step)
-                since, began = step, time.perf_counter()
             if stop:
-                print(f"Stopped after step {step}. To continue: python train.py --resume {run_dir}"
-                      ", or a study's own command")
+                print(f"Stopped at step {step}. To continue: python train.py --resume {run_dir}")
                 sys.exit(128 + stop[0])
-    if world > 1:
-        dist.barrier()                                      # last.pt is whole for every process
 
 
 def validate(predict, measured, args):
     """Figures of fixed frames of train and val, with the unweighted loss, which compares runs."""
-    predict.model.eval()
+    predict.network.eval()
     unweighted, row = Criterion(predict.classes), {}
     for i, (name, split) in enumerate(zip(("train", "val"), measured)):
         chosen = np.random.default_rng([2, i]).permutation(len(split.frames))[:args.val_images]
         confusions, row[f"{name}_loss"] = evaluate.evaluate_split(
             predict, split, min(16, args.batch_size), args.workers, sorted(chosen), unweighted)
         figures = evaluate.scores(confusions.sum(0))
-        row |= {f"{name}_{key}": float(figures[key])
-                for key in ("miou", "accuracy", "f1", "body_f1")}
+        row |= {f"{name}_{key}": float(figures[key]) for key in evaluate.FIGURES}
     return row
 
 
@@ -357,8 +329,7 @@ def write_log(run_dir, rows, note):
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     (run_dir / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     draw_curves(run_dir / "curves.png", {run_dir.name: rows}, note)
-    tqdm.write("step {step:6d}  loss {train_loss:.4f} / {val_loss:.4f}  mIoU {train_miou:.1%} / "
-               "{val_miou:.1%} (train / val)  {images_per_s:.1f} images/s".format(**rows[-1]))
+    tqdm.write("step {step}: mIoU train {train_miou:.1%}, val {val_miou:.1%}".format(**rows[-1]))
 
 
 def draw_curves(path, runs, note):
@@ -384,8 +355,7 @@ def read_data(args, rank):
         dist.barrier()
     args.data = args.data or ("data/surreal" if Path("data/surreal").exists() else "data/standin")
     if args.data == "data/standin" and not Path("data/standin/classes.json").exists():
-        print("There is no data/surreal: rendering the stand-in, once. Its people are made up, and "
-              "figures on it are not SURREAL's.", flush=True)
+        print("There is no data/surreal: rendering a stand-in, which is not SURREAL.", flush=True)
         import prepare_surreal                              # not needed by those who have data
         if prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
             raise Problem("the stand-in could not be rendered (see above)")
@@ -402,106 +372,58 @@ def read_data(args, rank):
     return classes, training
 
 
-def start_from(network, path, classes):
-    """Copies the tensors that fit by name and shape; heads only where the classes are the same."""
+def start_from(network, path):
+    """Copies the tensors that fit by name and shape. Raises Problem where none does."""
     checkpoint, _ = evaluate.load_checkpoint(evaluate.find_checkpoint(path))
-    own = network.state_dict(keep_vars=True)
-    same = checkpoint["classes"]["names"] == classes["names"]
-    heads = {id(p) for head, _ in getattr(network, "heads", ()) for p in head.parameters()}
-    taken = {name: value for name, value in checkpoint["weights"].items() if name in own
-             and value.shape == own[name].shape and (same or id(own[name]) not in heads)}
+    own = network.state_dict()
+    taken = {name: value for name, value in checkpoint["weights"].items()
+             if name in own and value.shape == own[name].shape}
     if not any(value.ndim == 4 for value in taken.values()):
         raise Problem(f"nothing in --init-from {path} fits this network: model or width differ")
     network.load_state_dict(taken, strict=False)
-    return f"--init-from {path}: took {len(taken)} of {len(own)} tensors"
-
-
-def join_processes(args):
-    """(rank, number of processes, device, precision); joins the processes that torchrun started."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    several = world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
-    name = f"cuda:{local}" if several else args.device
-    device, precision = evaluate.pick_device(name, args.precision)
-    if world > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))     # a validation takes long
-    return rank, world, device, precision
-
-
-@contextlib.contextmanager
-def catch_signals(world):
-    """Yields the list that gets the first Ctrl-C or SIGTERM; the second one ends the process."""
-    def note(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()     # several cannot agree
-    stop, before = [], [signal.signal(number, note) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+    print(f"--init-from {path}: took {len(taken)} of {len(own)} tensors")
 
 
 # ---- The study (paper, Section 3.1): the better one of each comparison is developed further
 
-# Published mIoU, accuracy and F1 in percent. F1 is that of body against background but for SegNet,
-# where it is the mean over classes. The hourglass's figures are the final thesis's.
-PUBLISHED = {
-    "icnet": {"normal": (38.19, 94.64, 88.17), "doubled": (27.51, 93.01, 84.97),
-              "normal + augmentation": (32.60, 91.15, 91.61), "test": (45.14, 95.76, 89.73)},
-    "segnet": {"normal": (38.80, 94.87, 54.34), "doubled": (39.17, 94.79, 54.49),
-               "doubled + augmentation": (23.28, 89.24, 33.21), "test": (33.59, 94.62, 44.32)},
-    "hourglass": {"plain": (63.19, 98.75, 95.24), "coarse-to-fine": (16.22, 90.58, 61.98),
-                  "joint head": (58.05, 97.18, 96.05), "test": (55.32, 97.02, 93.07)},
-}
+# Published mIoU, accuracy, F1 (body; SegNet: mean over classes), percent. Hourglass: the thesis.
+PUBLISHED = dict(
+    icnet={"normal": (38.19, 94.64, 88.17), "doubled": (27.51, 93.01, 84.97),
+           "normal + augmentation": (32.60, 91.15, 91.61), "test": (45.14, 95.76, 89.73)},
+    segnet={"normal": (38.80, 94.87, 54.34), "doubled": (39.17, 94.79, 54.49),
+            "doubled + augmentation": (23.28, 89.24, 33.21), "test": (33.59, 94.62, 44.32)},
+    hourglass={"plain": (63.19, 98.75, 95.24), "coarse-to-fine": (16.22, 90.58, 61.98),
+               "joint head": (58.05, 97.18, 96.05), "test": (55.32, 97.02, 93.07)})
 
 
 def study(args, out):
     """The paper's protocol as ordinary runs in `out`: normal or doubled; the better one augmented;
     the better one of these with each weighting (SegNet: outer ones, Table 5); the best one for
     longer, and on the test split. Finished runs are measured again, others are continued."""
-    rank, world, *_ = join_processes(args)
-    classes, training = read_data(args, rank)
+    classes, training = read_data(args, 0)
     Split(args.data, "test", classes)                       # what would fail after the last run
-    if args.model != "hourglass":
-        Criterion(classes, "w1-outer")
-    runs, decisions = {}, []
+    runs, decisions, hourglass = {}, [], args.model == "hourglass"
 
     def run(name, **changes):
         run_dir = out / "-".join(name.replace(" +", "").replace(",", "").split())
-        settings, checkpoint = Namespace(**vars(args) | dict(study=False) | changes), None
-        if (run_dir / "last.pt").exists():
-            checkpoint, _ = evaluate.load_checkpoint(run_dir / "last.pt")
-            changed = [name for name, value in vars(settings).items() if name not in (
-                *MAY_CHANGE, "final_iterations") and checkpoint["settings"].get(name) != value]
-            if changed:
-                raise Problem(f"{run_dir} has other {', '.join(changed)}: name another --out")
-        if not checkpoint or checkpoint["step"] < settings.iterations:
-            train(settings, run_dir, checkpoint)            # which prints the run's folder
-        figures = evaluate.measure(run_dir / "best.pt", args, "val") if rank == 0 else {}
+        own = dict(study=False, augment=["none"], resume="newest") | changes
+        last = run_dir / "last.pt"
+        checkpoint = evaluate.load_checkpoint(last)[0] if last.exists() else None
+        train(Namespace(**vars(args) | own), run_dir, checkpoint)       # no step, if it is finished
+        figures = evaluate.measure(run_dir / "best.pt", args, "val")
         runs[name] = figures | dict(name=name, run_dir=run_dir, changes=changes)
         return runs[name]
 
     def better(old, new):
-        result = [None]
-        if rank == 0:
-            result = [evaluate.paired_difference(new["confusions"], old["confusions"],
-                                                 new["split"].frames)]
-        if world > 1:
-            dist.broadcast_object_list(result)              # the first process decides for all
-        difference, half = result[0]
+        difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
+                                                      new["split"].clips)
         winner = new if difference > 0 else old
         chance = ", which may be chance" if abs(difference) < half else ""
         decisions.append(f"- {new['name']} against {old['name']}: {percent(difference, half, 2)} "
                          f"points of mIoU{chance}. The study goes on with **{winner['name']}**.")
         return winner
 
-    if args.model == "hourglass":
+    if hourglass:
         best = run("plain")
         if classes["names"] == NAMES:
             best = better(best, run("coarse-to-fine", coarse_to_fine=True))
@@ -517,12 +439,11 @@ def study(args, out):
             if args.model != "segnet" or weighting.endswith("outer"):
                 best = better(best, run(f"{base['name']} + {weighting}", **base["changes"],
                                         weighting=weighting))
-    if args.final_iterations != args.iterations:
-        best = run(f"{best['name']}, long", **best["changes"], iterations=args.final_iterations)
-    if rank:
-        return
+    longer = args.final_iterations or (args.iterations * 2 if args.quick else 90000)
+    if args.final_iterations or not hourglass:              # its best run is the last one
+        best = run(f"{best['name']}, long", **best["changes"], iterations=longer)
     test = evaluate.measure(best["run_dir"] / "best.pt", args, "test")
-    published = PUBLISHED.get(args.model, {"unknown": "---"}).items()
+    published = PUBLISHED.get(args.model, {}).items()
     text = "\n".join([
         f"# The study of {args.model}, seed {args.seed}\n", *decisions, "\n![curves](curves.png)\n",
         evaluate.markdown([["published, %", "mIoU", "accuracy", "F1"],
@@ -531,31 +452,31 @@ def study(args, out):
     (out / "report.md").write_text(text, encoding="utf-8")
     logs = {name: evaluate.load_checkpoint(run["run_dir"] / "last.pt")[0]["rows"]
             for name, run in runs.items()}
-    draw_curves(out / "curves.png", logs, evaluate.source_note(classes))
+    draw_curves(out / "curves.png", logs, classes["source"])
     print(text)
 
 
 # ---- Command line
 
 # What --quick puts in the place of the paper's values: seven minutes on two cores, chosen by trial.
-SHORT = dict(optimizer="AdamW", weight_decay=0.1, schedule="poly", power=1.0, warmup=100,
-              batch_size=8, val_images=200, augment=["mirror"])
-QUICK = {
-    "icnet": SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
-    "segnet": SHORT | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
-    "hourglass": SHORT | dict(size=96, lr=0.005, iterations=4500, val_every=750, stacks=1,
-                               features=128, stem_stride=4, joints_from=1, joints_modules=1),
-}
+SHORT = dict(optimizer="AdamW", optimizer_args={}, weight_decay=0.1, schedule="poly", power=1.0,
+             warmup=100, batch_size=8, val_images=200, augment=["mirror"])
+QUICK = dict(
+    icnet=SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
+    segnet=SHORT | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
+    hourglass=SHORT | dict(size=96, lr=0.005, iterations=4500, val_every=750, stacks=1,
+                           features=128, stem_stride=4, joints_modules=1))
 DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
                 val_images=500, data="", init_from="", out="", resume="")   # if no recipe differs
-MAY_CHANGE = ("workers", "device", "precision", "compile", "iterations", "out", "resume")
-STUDIED = ("width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints")
+MAY_CHANGE = set("workers device precision compile iterations out resume data "
+                 "final_iterations".split())                # between a run and its continuation
+STUDIED = {"width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
 
 
 def build_parser():
-    parser = evaluate.Parser(prog="train.py", description=__doc__.split("\n\n")[0])
-    if int(os.environ.get("RANK", 0)):
-        parser.error = lambda message: sys.exit(2)      # the first process says what is wrong
+    recipes = "; ".join(f"{model}: {network.recipe}" for model, network in MODELS.items())
+    parser = evaluate.Parser(prog="train.py", description=__doc__.split("\n\n")[0],
+                             epilog=f"Defaults for each model: {recipes}; else {DEFAULTS}")
     parser.add_argument("--model", choices=sorted(MODELS), default=SUPPRESS, help="the network")
     add = parser.add_argument_group("data").add_argument
     add("--data", default=SUPPRESS, help="prepared folder; else data/surreal or data/standin")
@@ -566,35 +487,29 @@ def build_parser():
     add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
     add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")
     add("--features", type=int, default=256, help="hourglass: channels of a module")
-    add("--stem-stride", type=int, choices=(1, 2, 4), default=1,
-        help="hourglass: 1 works at full resolution, 4 at a quarter in 1/16 of time and memory")
+    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 4 takes 1/16")
     add("--coarse-to-fine", action="store_true", help="hourglass: 2, 6, 12, then 25 classes")
     add("--joints", choices=("none", "surreal", "centroids"), default="none",
         help="hourglass: a training branch finds the data's joints or the centres of the parts")
     add("--joints-from", type=int, default=2, help="hourglass: module that feeds that branch")
     add("--joints-modules", type=int, default=2, help="hourglass: modules of the joints' branch")
     add("--checkpoint-activations", action="store_true", help="hourglass: less memory, more time")
-    add = parser.add_argument_group("loss and augmentation").add_argument
-    add("--weighting", choices=WEIGHTINGS, default="none",
-        help="class weights: 1 - frequency (w1) or exponential (w2), on the loss or on the logits")
-    add("--augment", nargs="*", choices=("mirror", "scale", "naive-mirror", "none"), default=[],
+    add = parser.add_argument_group("loss, augmentation, optimisation").add_argument
+    add("--weighting", choices=WEIGHTINGS, default="none", help="class weights, see Criterion")
+    add("--augment", nargs="*", default=["none"], choices="mirror scale naive-mirror none".split(),
         help="alone: mirror and scale; naive-mirror does not swap the labels of left and right")
-    add = parser.add_argument_group("optimisation").add_argument
-    for name, kind, text in (("iterations", int, "training steps"),
-                             ("batch-size", int, "images in a step, over all processes"),
-                             ("lr", float, "first learning rate"),
-                             ("val-every", int, "steps between validations, and checkpoints"),
-                             ("val-images", int, "images of train and of val in a validation")):
-        values = (f"{model} {(DEFAULTS | network.recipe)[name.replace('-', '_')]}"
-                  for model, network in MODELS.items())
-        add(f"--{name}", type=kind, default=SUPPRESS, help=f"{text} (default: {', '.join(values)})")
+    add("--iterations", type=int, default=SUPPRESS, help="training steps")
+    add("--batch-size", type=int, default=SUPPRESS, help="images in a step, over all processes")
+    add("--lr", type=float, default=SUPPRESS, help="first learning rate")
+    add("--val-every", type=int, default=SUPPRESS, help="steps between checkpoints")
+    add("--val-images", type=int, default=SUPPRESS, help="images of train and val in a validation")
     add("--bn-after", type=int, default=0, help="steps before batch normalisation starts to learn")
     add("--init-from", default=SUPPRESS, metavar="CKPT", help="start with a checkpoint's weights")
     add("--seed", type=int, default=0, help="of first weights, order of images and augmentation")
     add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile, for GPUs")
     add = parser.add_argument_group("run").add_argument
     add("--out", default=SUPPRESS, help="run folder; else runs/, named after the options")
-    add("--resume", nargs="?", const="runs", default=SUPPRESS, metavar="DIR",
+    add("--resume", nargs="?", const="newest", default=SUPPRESS, metavar="DIR",
         help="continue a run (the newest); with --model, start it where there is none")
     add("--quick", action="store_true", help="other defaults: some minutes on a laptop's CPU")
     add("--study", action="store_true", help="the paper's series of runs, in runs/<model>-study")
@@ -603,102 +518,61 @@ def build_parser():
 
 
 def parse(argv):
-    """(options, run folder, checkpoint to continue or None). A wrong option ends the process."""
+    """(options, run folder, checkpoint to continue or None). Raises Problem."""
     parser = build_parser()
-    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([]))))    # None: not given
-    given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items()
-             if value is not None}
-    model, study, checkpoint = given.get("model"), "study" in given, None
-    run_dir = Path(given.get("out", f"runs/{model}-study" if study else run_name(given)))
-    try:
-        if "resume" in given and not study:
-            if given["resume"] != "runs" or not (model or "out" in given):
-                run_dir = Path(given["resume"])
-            if not model or run_dir.is_file() or (run_dir / "last.pt").is_file():
-                path = evaluate.find_checkpoint(run_dir, "last.pt")
-                checkpoint, run_dir = evaluate.load_checkpoint(path)[0], path.parent
-        elif not model:
-            raise Problem(f"--model is missing: {', '.join(sorted(MODELS))}")
-        elif run_dir.exists() and not study:
-            raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts another")
-        quick = QUICK.get(model, {}) if "quick" in given else {}
-        other = dict(optimizer_args={}) if "optimizer" in quick else {}     # not the recipe's
-        fresh = DEFAULTS | MODELS[model].recipe | other | quick if not checkpoint else {}
-        parser.set_defaults(**fresh or checkpoint["settings"])
-        args = parser.parse_args(argv)
-        if "double_filters" in given and not checkpoint:
-            args.width *= 2
-        if "augment" in given or study:
-            chosen = given.get("augment", ["none"]) or ["mirror", "scale"]
-            args.augment = [kind for kind in chosen if kind != "none"]
-        if study and not args.final_iterations:     # the hourglass's best run is the last one
-            long = 2 * args.iterations if args.quick else 90000
-            args.final_iterations = args.iterations if model == "hourglass" else long
-        check_options(args, given, checkpoint)
-    except Problem as problem:
-        parser.error(str(problem))
-    return args, run_dir, checkpoint
+    typed, checkpoint = vars(parser.parse_args(argv)), None
+    model, resume, study = typed.get("model"), typed.get("resume"), typed["study"]
+    name = [Path(word.lstrip("-")).name for word in argv if word not in ("--model", "--resume")]
+    run_dir = Path(typed.get("out", f"runs/{model}-study" if study else f"runs/{'-'.join(name)}"))
+    if resume and not study:
+        newest = run_dir if model or "out" in typed else "runs"
+        run_dir = Path(newest if resume == "newest" else resume)
+        if not model or run_dir.is_file() or (run_dir / "last.pt").is_file():
+            path = evaluate.find_checkpoint(run_dir, "last.pt")
+            checkpoint, run_dir = evaluate.load_checkpoint(path)[0], path.parent
+            model = checkpoint["model"]
+    elif not model:
+        raise Problem(f"--model is missing: {', '.join(sorted(MODELS))}")
+    elif run_dir.exists() and not study:
+        raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts another")
 
-
-def check_options(args, given, checkpoint):
-    """Raises Problem for options that do not go together."""
-    own = inspect.signature(MODELS[args.model]).parameters.keys()
+    own = inspect.signature(MODELS[model]).parameters.keys()
     others = set().union(*(inspect.signature(kind).parameters for kind in MODELS.values())) - own
-    for name in given:
-        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        stored = checkpoint["settings"][name] if checkpoint else value
-        if value != stored and name not in (*MAY_CHANGE, "data"):
-            raise Problem(f"{option} was {stored} when this run began: leave it out")
-        if name in others or args.study and name in STUDIED:
-            raise Problem(f"{option} is no option of {args.model} or of --study: leave it out")
-        if name in ("batch_size", "iterations", "val_every", "val_images", "stacks") and value < 1:
-            raise Problem(f"{option} {value} is less than 1")
-        if name in ("size", "workers") and value < 0:
-            raise Problem(f"{option} {value} is less than 0")
-    if {"double_filters", "width"} <= given.keys():
+    for option in others & typed.keys() | (STUDIED if study else set()):
+        if typed[option] != parser.get_default(option):
+            raise Problem(f"--{option.replace('_', '-')} is no option of {model}"
+                          f"{' --study' * study}: leave it out")
+    if typed["double_filters"] and typed["width"] != 1:
         raise Problem("--double-filters is --width 2: give one of the two")
+    if checkpoint:
+        parser.set_defaults(**checkpoint["settings"])
+    else:
+        quick = QUICK.get(model, {}) if typed["quick"] else {}
+        parser.set_defaults(**DEFAULTS | MODELS[model].recipe | quick)
+        if quick:
+            print("--quick:", quick, "where no option says otherwise")
+    args = parser.parse_args(argv)
+    args.augment = args.augment or ["mirror", "scale"]
+    if args.double_filters and not checkpoint:
+        args.width *= 2
     if args.size % 32:
         raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
-    if (args.coarse_to_fine or args.study and args.model == "hourglass") and args.stacks == 1:
+    if (args.coarse_to_fine or study and model == "hourglass") and args.stacks == 1:
         raise Problem("coarse-to-fine labels need --stacks 2 or more (--quick has one)")
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-        raise Problem("srun started several copies: let it start one torchrun, as in the README")
-    if args.joints_from > args.stacks and (args.joints != "none" or args.study):
-        raise Problem(f"--joints-from {args.joints_from} is more than --stacks {args.stacks}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise Problem(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
-                      f"{args.batch_size // world * world + world} can")
+    if study and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Problem("--study runs in one process: start it without torchrun")
     if args.init_from and not checkpoint:
         evaluate.load_checkpoint(evaluate.find_checkpoint(args.init_from))
-
-
-def run_name(given):
-    """"runs/segnet-double-filters": the model, quick, and the other options that were given."""
-    words = [str(given.get("model"))] + ["quick"] * ("quick" in given)
-    for name, value in given.items():
-        if name not in (*MAY_CHANGE, "model", "quick"):
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [name.replace("_", "-"), *(Path(str(value)).name for value in values)]
-    return "runs/" + "-".join(words)
+    return args, run_dir, checkpoint
 
 
 def start(argv):
     """From the command line to a finished run. Returns the exit status."""
     args, run_dir, checkpoint = parse(argv)
-    first = int(os.environ.get("RANK", 0)) == 0
-    if args.quick and first:
-        print("--quick:", QUICK.get(args.model, "the same"), "where no option says otherwise")
-    try:
-        if args.study:
-            study(args, run_dir)
-        else:
-            train(args, run_dir, checkpoint)
-    except (Problem, RuntimeError, OSError):
-        for folder in MADE:                 # where nothing was learned, the command can be repeated
-            if not (folder / "best.pt").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-        raise
+    if args.study:
+        study(args, run_dir)
+    else:
+        train(args, run_dir, checkpoint)
     return 0
 
 

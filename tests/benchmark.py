@@ -58,7 +58,8 @@ def build(model, options, batch, device, precision, ours, compiled=False):
     labels = torch.randint(25, (batch, SIZE, SIZE), device=device, dtype=torch.uint8)
     criterion = train.Criterion(CLASSES, device=device) if ours else tiny.criterion
     optimizer = getattr(torch.optim, network.recipe["optimizer"])(network.parameters(), lr=1e-5)
-    predict = evaluate.Predictor(network, CLASSES, device, precision)
+    known = dict(classes=CLASSES, settings={}, logit_weights=None)
+    predict = evaluate.Predictor(known, network, device, precision) if ours else None
     if compiled:
         network.compile()
 

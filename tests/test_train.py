@@ -64,11 +64,10 @@ def load(folder, name="last.pt"):
 
 
 def same_end(one, other):
-    """Whether two runs have equal weights, rows (but for the speed) and best checkpoints."""
+    """Whether two runs have equal weights, rows and best checkpoints."""
     same = []
     for a, b in ((load(one, name), load(other, name)) for name in ("last.pt", "best.pt")):
-        rows = [[row | {"images_per_s": 0} for row in end["rows"]] for end in (a, b)]
-        same += [rows[0] == rows[1], a["step"] == b["step"], a["best_miou"] == b["best_miou"]]
+        same += [a[key] == b[key] for key in ("rows", "step", "best_miou")]
         same += [torch.equal(value, b["weights"][key]) for key, value in a["weights"].items()]
     return all(same)
 
@@ -163,8 +162,7 @@ def test_scale_by_two_cuts_a_corner_and_by_half_surrounds_with_ignore():
 
 
 def test_augmentation_is_a_function_of_seed_and_step():
-    draw = lambda seed=3, step=17, *augment: train.draw_augmentation(
-        seed, step, 4000, augment or ["mirror", "scale"])
+    draw = lambda seed=3, step=17: train.draw_augmentation(seed, step, 4000)
     mirror, scale, place = draw()
     assert all(torch.equal(one, two) for one, two in zip(draw(), draw()))
     assert not any(torch.equal(scale, draw(*other)[1]) for other in ((3, 18), (4, 17)))
@@ -172,9 +170,6 @@ def test_augmentation_is_a_function_of_seed_and_step():
     assert scale.log2().mean() == pytest.approx(0, abs=0.03)        # as often half as double
     assert mirror.float().mean() == pytest.approx(0.5, abs=0.03)
     assert place.min() < 0.01 and place.max() > 0.99 and place.shape == (4000, 2)
-    naive = draw(3, 17, "naive-mirror")
-    assert torch.equal(naive[0], mirror) and (naive[1] == 1).all()
-    assert not draw(3, 17, "scale")[0].any()
 
 
 def test_frame_order():
@@ -280,13 +275,11 @@ def test_best_has_the_highest_miou_and_nan_stays_out(data, tmp_path, capsys, mon
         assert all(value.isfinite().all() for value in kept["weights"].values())
 
 
-def test_one_command_starts_a_run_and_continues_it(data, tmp_path, monkeypatch, capsys):
+def test_one_command_starts_a_run_and_continues_it(data, tmp_path, monkeypatch):
     argv, run = command(data, tmp_path / "run", "--resume", model="icnet"), tmp_path / "run"
     stop_in(train, "read_data", monkeypatch, argv)          # killed while it rendered or counted
     for more, step in (([], 2), ([], 2), (["--iterations", "4"], 4)):
-        capsys.readouterr()
         assert train.start([*argv, *more]) == 0 and load(run)["step"] == step
-    assert "learning rate" in capsys.readouterr().out       # poly falls to 0 at another step
     assert train.start(["--resume", str(run / "last.pt"), "--iterations", "5"]) == 0
     assert [row["step"] for row in load(run)["rows"]] == [2, 4, 5]
 
@@ -313,10 +306,9 @@ def test_resume_refuses_other_settings_and_damaged_files(data, plain, tmp_path, 
 
 @pytest.mark.parametrize("words, named", [
     ("", "--model"), ("--model unet", "unet"), ("--resume nowhere", "nowhere"),
-    ("--model icnet --variant basic", "--variant"), ("--model segnet --joints surreal", "--joints"),
-    ("--model hourglass --joints surreal --joints-from 5", "--joints-from 5"),
+    ("--model icnet --variant vgg16", "--variant"), ("--model segnet --joints surreal", "--joints"),
     *((f"--model segnet {options}", named) for options, named in (
-        ("--batch-size 0", "0"), ("--iterations 2.5", "2.5"), ("--size 100", "128"),
+        ("--iterations 2.5", "2.5"), ("--size 100", "128"),
         ("--weighting w3", "w3"), ("--learning-rate 1", "--learning-rate"), ("--device gpu", "gpu"),
         ("--double-filters --width 3", "--double-filters"), ("--data nowhere", "nowhere"),
         ("--study --width 2", "--study"), ("--init-from nowhere.pt", "nowhere.pt")))])
@@ -325,15 +317,6 @@ def test_wrong_options_make_nothing(words, named, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("prepare_surreal.main", lambda argv: pytest.fail("rendered"))
     assert named in refused(words.split(), capsys)
     assert {path.name for path in tmp_path.rglob("*")} <= {"runs"}
-
-
-def test_a_batch_that_processes_cannot_share_is_refused_once(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit, match="2"):
-            train.start(command("nowhere", "nowhere"))
-    assert capsys.readouterr().err.count("4 cannot be shared by 3 processes: 6 can") == 1
 
 
 def test_bad_data_is_refused_and_mended_data_serves_the_same_command(tmp_path, capsys):
@@ -347,30 +330,27 @@ def test_bad_data_is_refused_and_mended_data_serves_the_same_command(tmp_path, c
         error = refused(command(data, run, *options.split(), model="hourglass"), capsys)
         assert named in error and not run.exists()
     (data / "classes.json").write_text(text)
-    label, argv = data / "train/labels/train_c0001_002.png", command(data, run, "--size", "64",
-                                                                     "--workers", "1")
+    label = data / "train/labels/train_c0001_002.png"
+    argv = command(data, run, "--size", "64", "--workers", "1", "--resume")
     good = label.read_bytes()
     Image.fromarray(np.full((80, 80), 77, np.uint8)).save(label)
     process = started(argv)
     error = process.communicate()[1]                        # nothing follows the sentence
-    assert process.returncode == 2 and len(error.splitlines()) == 1 and not run.exists()
+    assert process.returncode == 2 and len(error.splitlines()) == 1
     assert str(label) in error and "77" in error
     label.write_bytes(good)
     assert train.start(argv) == 0
 
 
-def test_init_from_takes_what_fits(data, plain, tmp_path):
-    checkpoint, classes = load(plain / "segnet"), evaluate.read_classes(data)
-    torch.save(checkpoint | {"classes": classes | {"names": NAMES[::-1]}}, tmp_path / "last.pt")
-    for folder, head_too in ((plain / "segnet", True), (tmp_path, False)):
-        network = evaluate.MODELS["segnet"](width=0.25)
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        train.start_from(network, folder / "last.pt", classes)
-        for name, value in network.state_dict().items():
-            taken = head_too or not name.startswith("classifier")
-            assert torch.equal(value, (checkpoint["weights"] if taken else before)[name])
+def test_init_from_takes_what_fits(plain):
+    path, weights = plain / "segnet" / "last.pt", load(plain / "segnet")["weights"]
+    network = evaluate.MODELS["segnet"](num_classes=7, width=0.25)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    train.start_from(network, path)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, (before if name.startswith("classifier") else weights)[name])
     with pytest.raises(Problem, match="fits"):
-        train.start_from(evaluate.MODELS["icnet"](), tmp_path / "last.pt", classes)
+        train.start_from(evaluate.MODELS["icnet"](), path)
 
 
 def test_two_processes_train_like_one(data, tmp_path):
