@@ -176,7 +176,7 @@ def extract(out, size, margin, split, folder, clip, times):
 # ------ Which frames
 def list_clips(args):
     """The clips [(split, folder, clip)] anywhere below RAW/<split>/run<N>; rows of skipped.csv."""
-    clips, skipped, unmatched, found = [], [], set(args.exclude), {}
+    clips, skipped, found = [], [], {}
     for split in ("val", "train", "test"):
         run = Path(args.raw, split, f"run{args.run}")
         if not run.is_dir():
@@ -186,18 +186,12 @@ def list_clips(args):
         found[split] = {path.stem.removesuffix("_segm").removesuffix("_info"): path.parent
                         for path in paths}
         for clip, folder in sorted(found[split].items()):
-            patterns = {pattern for pattern in args.exclude
-                        if folder.match(pattern) or (folder / clip).match(pattern)}
-            unmatched -= patterns
-            if patterns:
+            if any(folder.match(name) or (folder / clip).match(name) for name in args.exclude):
                 skipped.append((clip, "", "excluded"))
             elif split == "test" and clip in found["val"]:
                 skipped.append((clip, "", "also in val"))
             else:
                 clips.append((split, folder, clip))
-    if unmatched:
-        raise Problem(f"no clip or sequence is named --exclude {' '.join(sorted(unmatched))}; "
-                      "a star stands for any characters: '18_*'")
     return clips, skipped
 
 
@@ -260,13 +254,11 @@ def start_worker():
 def in_parallel(function, jobs, workers, what):
     """Yields function(*job) for all jobs, in order, from `workers` processes (0: from this one),
     and shows a bar; without a terminal, a line every half minute."""
-    try:                                                        # Windows allows 61 processes
-        with ProcessPoolExecutor(min(workers or 1, 61), initializer=start_worker) as pool:
-            results = pool.map(function, *zip(*jobs)) if workers else (function(*j) for j in jobs)
-            yield from tqdm(results, what, len(jobs), unit=" clips",
-                            mininterval=0.2 if sys.stderr.isatty() else 30)
-    except BrokenExecutor:
-        raise Problem("a worker died, maybe for lack of memory: go on with --workers 1") from None
+    workers = min(workers, 61)                          # Windows allows no more
+    with ProcessPoolExecutor(workers or 1, initializer=start_worker) as pool:
+        results = pool.map(function, *zip(*jobs)) if workers else (function(*j) for j in jobs)
+        yield from tqdm(results, what, len(jobs), unit=" clips",
+                        mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
 def write_whole(path, data):
@@ -331,12 +323,12 @@ HEIGHT, WIDTH, FOCAL = 240, 320, 600.0      # SURREAL's pictures; the principal 
 # Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: the SMPL
 # skeleton with flesh of tapered capsules. Millimetres; x to the body's left, y up, z forward.
 PARENT = (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
-T_POSE = np.array((                         # of the 24 joints; a part's label is its joint + 1
-    (0, 0, 0), (80, -85, 0), (-80, -85, 0), (0, 105, -15), (100, -475, 0), (-100, -475, 0),
-    (0, 235, -20), (95, -885, -30), (-95, -885, -30), (0, 300, -10), (115, -945, 85),
-    (-115, -945, 85), (0, 500, -35), (75, 410, -25), (-75, 410, -25), (0, 585, 0), (180, 435, -30),
-    (-180, 435, -30), (435, 430, -40), (-435, 430, -40), (685, 435, -35), (-685, 435, -35),
-    (765, 430, -30), (-765, 430, -30))) / 1000
+# The joints of the T-pose; a part's label is its joint's number + 1.
+T_POSE = np.array("""
+    0 0 0   80 -85 0   -80 -85 0   0 105 -15   100 -475 0   -100 -475 0   0 235 -20   95 -885 -30
+    -95 -885 -30   0 300 -10   115 -945 85   -115 -945 85   0 500 -35   75 410 -25   -75 410 -25
+    0 585 0   180 435 -30   -180 435 -30   435 430 -40   -435 430 -40   685 435 -35   -685 435 -35
+    765 430 -30   -765 430 -30""".split(), float).reshape(24, 3) / 1000
 FLESH = (                                   # left side: joint, ends a and b (x, y, z), their radii
     (0, 60, 68, -10, 74, -72, -10, 102, 112), (0, 78, -60, -50, 80, -95, -45, 88, 88),
     (0, 0, 50, 0, 0, -85, 5, 100, 85), (3, 50, 118, -10, 46, 195, -10, 101, 99),
@@ -541,23 +533,6 @@ def project(points, camera):
     return np.stack([WIDTH / 2 + FOCAL * z / x, HEIGHT / 2 - FOCAL * y / x, -x], -1)
 
 
-def hit_capsule(eye, sight, a, b, ra, rb):
-    """Where lines eye + t sight (N, 3) first meet two balls and the cone around both: t (N,), nan
-    if they miss, and where on the axis that is, 0 to 1 (N,). After Inigo Quilez' rounded cone."""
-    axis, taper, oa, ob = b - a, ra - rb, eye - a, eye - b
-    length, slope = axis @ axis, axis @ oa
-    flank, m2, m3, dd = length - taper ** 2, sight @ axis, sight @ oa, (sight * sight).sum(1)
-    k2 = flank * dd - m2 * m2
-    k1 = flank * m3 - m2 * (slope - taper * ra)
-    k0 = flank * (oa @ oa) - slope * slope + (2 * slope * taper - length * ra) * ra
-    t = (-k1 - np.sqrt(k1 * k1 - k0 * k2)) / k2
-    along = (slope - ra * taper + t * m2) / flank
-    t[~((k2 > 0) & (along > 0) & (along < 1))] = np.nan                 # only between the balls
-    for towards, end, radius in ((m3, oa, ra), (m3 - m2, ob, rb)):
-        t = np.fmin(t, (-towards - np.sqrt(towards ** 2 - dd * (end @ end - radius ** 2))) / dd)
-    return t, np.clip((slope - ra * taper + t * m2) / flank, 0, 1)
-
-
 @np.errstate(invalid="ignore", divide="ignore")         # of the lines that miss
 def draw_body(joint, capsules, scale, turn, place, camera, soft=.02):
     """Draws capsules (C, 8) on joint (C,) into a z-buffer of twice the resolution, each in its
@@ -575,14 +550,27 @@ def draw_body(joint, capsules, scale, turn, place, camera, soft=.02):
     corners = ends[..., :2].min(1) - reach[:, None], ends[..., :2].max(1) + reach[:, None] + .5
     boxes = np.clip(2 * np.concatenate(corners, 1), 0, (640, 480, 640, 480)).astype(int)
     for j, (x0, y0, x1, y1), (*ends, ra, rb) in zip(joint, boxes, capsules):
-        a, b = np.float32(ends[:3]), np.float32(ends[3:])
+        a, b, eye = np.float32(ends[:3]), np.float32(ends[3:]), eyes[j]
         x = (np.arange(x0, x1, dtype=np.float32)[:, None] + .5 - 320) / (2 * FOCAL)
         y = (np.arange(y0, y1, dtype=np.float32)[:, None, None] + .5 - 240) / (2 * FOCAL)
         sight = (y * inverse[j][:, 1] - x * inverse[j][:, 2] - inverse[j][:, 0]).reshape(-1, 3)
-        t, along = hit_capsule(eyes[j], sight, a, b, ra, rb)
+        # Where lines eye + t sight (N, 3) first meet two balls and the cone around both: t (N,) or
+        # nan, and `along` the axis, 0 to 1. After Inigo Quilez' rounded cone.
+        axis, taper, oa, ob = b - a, ra - rb, eye - a, eye - b
+        length, slope = axis @ axis, axis @ oa
+        flank, m2, m3, dd = length - taper ** 2, sight @ axis, sight @ oa, (sight * sight).sum(1)
+        k2 = flank * dd - m2 * m2
+        k1 = flank * m3 - m2 * (slope - taper * ra)
+        k0 = flank * (oa @ oa) - slope * slope + (2 * slope * taper - length * ra) * ra
+        t = (-k1 - np.sqrt(k1 * k1 - k0 * k2)) / k2
+        along = (slope - ra * taper + t * m2) / flank
+        t[~((k2 > 0) & (along > 0) & (along < 1))] = np.nan             # only between the balls
+        for towards, end, radius in ((m3, oa, ra), (m3 - m2, ob, rb)):
+            t = np.fmin(t, (-towards - np.sqrt(towards ** 2 - dd * (end @ end - radius ** 2))) / dd)
+        along = np.clip((slope - ra * taper + t * m2) / flank, 0, 1)
         before = depth[y0:y1, x0:x1].ravel()
         index = np.flatnonzero(t < before + soft)
-        t, before, hit = t[index], before[index], eyes[j] + t[index, None] * sight[index]
+        t, before, hit = t[index], before[index], eye + t[index, None] * sight[index]
         outward = (hit - a - along[index, None] * (b - a)) @ inverse[j]
         outward /= np.linalg.norm(outward, axis=1, keepdims=True)
         share = np.clip(.5 + (before - t) / (2 * soft), 0, 1)[:, None]
@@ -715,20 +703,19 @@ def make_clip(path, seed, split, frames, picture):
 
 
 def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
-    """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test.
-    Clips that are there are kept. backgrounds: a folder of pictures, or None; train takes eight in
-    ten, val and test one each. Raises Problem if raw was made with other settings."""
-    settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=str(backgrounds or ""))
+    """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
+    but for those that are there. Of the folder `backgrounds`, train takes eight in ten pictures."""
+    settings = json.dumps([clips, frames, seed, str(backgrounds)])
     note, jobs, pictures = raw / "standin.json", [], [None] * 10
-    if raw.exists() and (not note.exists() or json.loads(note.read_text()) != settings):
-        raise Problem(f"{raw} was not made with {json.dumps(settings)}; name another --out")
+    if raw.exists() and not (note.exists() and note.read_text() == settings):
+        raise Problem(f"{raw} was not made with these clips, frames and seed: name another --out")
     if backgrounds:
         kinds = (".jpg", ".jpeg", ".png")
         pictures = sorted(p for p in Path(backgrounds).rglob("*") if p.suffix.lower() in kinds)
     if len(pictures) < 10:
         raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
     raw.mkdir(parents=True, exist_ok=True)
-    write_whole(note, json.dumps(settings).encode())
+    write_whole(note, settings.encode())
     for split, count, subject in zip(SPLITS, (clips, *[max(2, clips // 10)] * 2), (200, 800, 900)):
         own = [picture for i, picture in enumerate(pictures) if SPLITS[max(i % 10 - 7, 0)] == split]
         for i in range(count):                          # four clips a sequence, ten sequences
@@ -753,17 +740,15 @@ def parse(argv=None):
     add("--workers", type=int, default=os.cpu_count(), help="processes, 150 MB each; 0 starts none")
     add("--seed", type=int, default=0, help="of the choice of frames and of the stand-in's people")
     add = parser.add_argument_group("which frames").add_argument
-    add("--run", type=int, choices=(0, 1, 2), default=0,
-        help="SURREAL's run, in which clips overlap by 50 %% (0), 70 %% (1) or 30 %% (2)")
+    add("--run", type=int, choices=(0, 1, 2), default=0, help="clips overlap by 50, 70, 30 %%")
     for split, number in (("train", 90000), ("val", 15000), ("test", 15000)):
         add(f"--{split}", type=int, default=number, help=f"frames for {split}, or all that exist")
     add("--pick", choices=("spread", "cluster"), default="spread",
-        help="spread: the same number of frames from every cluster of poses; cluster: the one "
-             "cluster nearest to the wanted size, as the paper did. val is spread over its clips")
+        help="as many frames of every cluster of poses, or the one cluster nearest to the wanted "
+             "size, as in the paper; val is spread over its clips")
     add("--clusters", type=int, default=25, help="number of clusters of poses")
     add("--exclude", nargs="+", action="extend", metavar="GLOB", default=[],
-        help="leave out clips or sequences by patterns for their names; SURREAL's misshapen "
-             "people: --exclude '18_*' '19_*' '*143_21*'")
+        help="clips or sequences to leave out; misshapen are '18_*' '19_*' '*143_21*'")
     add = parser.add_argument_group("the images").add_argument
     add("--size", type=int, default=320, help="side of the square images, in pixels")
     add("--margin", type=float, default=0.1, help="space around the person, as a share of its box")
@@ -772,10 +757,6 @@ def parse(argv=None):
     add("--frames", type=int, default=2, help="frames of a clip")
     add("--backgrounds", type=os.path.abspath, metavar="DIR", help="photographs for backgrounds")
     args = parser.parse_args(argv)
-    if (min(args.train, args.val, args.test, args.clusters, args.size, args.clips, args.frames) < 1
-            or min(args.margin, args.workers, args.seed) < 0):
-        parser.error("train, val, test, clusters, size, clips and frames start at 1, other numbers "
-                     "at 0")
     for name in ("clips", "frames", "backgrounds"):
         if not args.synthesize and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --synthesize")
@@ -806,7 +787,7 @@ def main(argv=None):
         shutil.rmtree(parts, ignore_errors=True)
         print(f"{args.out} is ready, with these settings; preview.png shows some of it")
         return 0
-    except (Problem, OSError) as error:
+    except (Problem, OSError, BrokenExecutor) as error:
         print(f"prepare_surreal.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
