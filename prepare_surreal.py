@@ -45,9 +45,10 @@ PALETTE = [tuple(bytes.fromhex(colour)) for colour in """1a1c24 146634 1c42be 68
     e87c0a fa6068 fcac30 ff9aa4 ffd268 ffced8 ffeeb0""".split()]
 MIRROR = [NAMES.index(name.replace("left", "?").replace("right", "left").replace("?", "right"))
           for name in NAMES]
-GROUPS = {"Background": [0], "Head": [16], "Torso": [1, 4, 7, 10], "U.Legs": [2, 3], "Neck": [13],
-          "L.Legs": [5, 6], "Shoulder": [14, 15], "U.Arms": [17, 18], "L.Arms": [19, 20],
-          "Feet": [8, 9], "Hands": [21, 22], "Fingers": [23, 24], "Toes": [11, 12]}
+GROUPS = {"Background": [0], "Head": [16], "Torso": [1, 4, 7, 10], "U.Legs": [2, 3],
+          "L.Legs": [5, 6], "Neck": [13], "Shoulder": [14, 15], "U.Arms": [17, 18],
+          "L.Arms": [19, 20], "Feet": [8, 9], "Hands": [21, 22], "Fingers": [23, 24],
+          "Toes": [11, 12]}     # columns of the paper's Tables 2 and 5
 
 
 class Problem(Exception):

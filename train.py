@@ -254,8 +254,8 @@ def train(args, run_dir, checkpoint=None):
         save("last.pt", 0)
     if rank == 0:
         size = sum(p.numel() for p in network.parameters())
-        print(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}: steps "
-              f"{start} to {args.iterations} on {len(training.frames)} images, {classes['source']}")
+        print(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}, steps "
+              f"{start} to {args.iterations}; {args.data}: {classes['source']}", flush=True)
     if args.compile:
         network.compile()                                   # in place: weights keep their names
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network

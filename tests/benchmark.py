@@ -2,9 +2,8 @@
 
     python tests/benchmark.py [networks] [data] [prepare]     none: all three, some ten minutes
 
-Where two ways are compared they take turns in one process, and medians are divided, since the
-speed of a shared machine drifts more than most differences. On a GPU the networks run at the
-paper's batch sizes and are set against the card's own rate of bf16 matrix products.
+What is compared takes turns in one process, since the speed of a shared machine drifts. On a GPU
+batches are the paper's, and the card's own rate of bf16 matrix products is the measure.
 """
 import argparse
 import statistics
@@ -117,7 +116,7 @@ def networks(options):
 # ---- The data
 
 def data(options):
-    """Images/s of reading and of augmentation; the share of training that waits for one worker."""
+    """Images/s of reading, by one process, and of augmentation."""
     (device, precision), sixteen, rows = evaluate.pick_device(), range(16), [["step", "images/s"]]
     with tempfile.TemporaryDirectory() as folder:
         folder = options.data or tiny.write_prepared(Path(folder) / "bars", 64, SIZE, ("train",))
@@ -132,17 +131,6 @@ def data(options):
             ways[" and ".join(["normalised", *augment]) + f", {device.type}"] = lambda args=args: (
                 train.prepare_batch(batch, 0, args, classes)[0][0, 0, 0, 0].item())
         rows += [[name, f"{16 / value:.0f}"] for name, value in side_by_side(ways, 10).items()]
-        for model, size, steps in (("icnet", 8, 30), ("segnet", 2, 15)):
-            _, step = build(model, {}, size, device, precision, True)
-            order = train.frame_order(len(split.frames), size, 0, 0, steps)
-            times = []                                      # start and end of each step
-            for _ in evaluate.stream(split, order, 1, device):
-                times.append(time.perf_counter())
-                step()
-                times.append(time.perf_counter())
-            waited = sum(start - end for end, start in zip(times[1::2], times[2::2]))
-            share = 100 * waited / (times[-1] - times[0])
-            rows.append([f"{model}: share of the time it waits for one worker", f"{share:.1f} %"])
     print(f"\n### Data, {classes['size']}x{classes['size']}\n\n{evaluate.markdown(rows)}")
 
 
@@ -165,7 +153,7 @@ print(f"{time.perf_counter() - start:.1f}, {int(memory) / 2 ** 20:.2f}")
 def timed(*argv):
     """Seconds that a Python program takes, and what it prints."""
     start = time.perf_counter()
-    printed = subprocess.check_output([sys.executable, *argv], cwd=ROOT, text=True)
+    printed = subprocess.check_output([sys.executable, *argv], cwd=ROOT, text=True).strip()
     return time.perf_counter() - start, printed
 
 
@@ -179,11 +167,10 @@ def prepare(options):
                          f"{folder}/two")
         rendered = 20 * len(list(Path(folder, "one-raw").rglob("*.mp4")))
         prepared = len(list(Path(folder, "two").rglob("images/*.jpg"))) / 20
-    printed = timed("-c", POSES)[1].strip()
     print(f"\n### Preparation, {options.workers} workers, starts included\n\n" + evaluate.markdown([
         ["part", "figure"], ["stand-in rendered, frames/s", f"{rendered / (both - alone):.1f}"],
         ["prepared, clips of 20 frames/s", f"{prepared / alone:.2f}"],
-        ["90,000 of 1.6 million poses chosen: seconds, GiB at most", printed]]))
+        ["90,000 of 1.6 million poses chosen: seconds, GiB", timed("-c", POSES)[1]]]))
 
 
 PARTS = dict(networks=networks, data=data, prepare=prepare)

@@ -96,15 +96,6 @@ def test_evaluation_takes_any_size_and_needs_no_auxiliary_head(H, W):
     torch.testing.assert_close(model(images), padded[..., :H, :W])
 
 
-def test_activations_stay_bounded_with_batch_normalisation_frozen():
-    """16 residual blocks at full scale would multiply the standard deviation by 25."""
-    model, deviations = build(25, 0.5, frozen=True), []
-    for stage in (model.conv2, model.conv5):
-        stage.register_forward_hook(lambda _, __, output: deviations.append(output.std()))
-    assert all(logits.std() < 1 for logits in model(torch.randn(4, 3, 64, 64)))
-    assert all(0.3 < deviation < 3 for deviation in deviations), deviations
-
-
 @pytest.mark.parametrize("frozen", (False, True))
 def test_it_learns_one_batch_and_bf16_agrees(frozen):
     model = build(4, 0.25, frozen)
@@ -114,8 +105,7 @@ def test_it_learns_one_batch_and_bf16_agrees(frozen):
         rounded = model(images.contiguous(memory_format=torch.channels_last))
     for logits, expected in zip(rounded, model(images)):
         assert F.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.95
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.SGD(learning, 0.03, **model.recipe["optimizer_args"]), []
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9), []
     for _ in range(60):
         optimizer.zero_grad()
         total, main = model.loss(model(images), {"labels": labels}, tiny.criterion)

@@ -16,7 +16,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```\w+\n(.*?)```", TEXT, re.S)
 COMMANDS = [part.strip() for line in "\n".join(CODE).replace("\\\n", " ").splitlines()
             for part in line.split("  #")[0].split("&&") if re.match(" *(python|torchrun) ", part)]
-SCRIPT = next((code for code in CODE if "import" in code and "classes.json" in code), "")
+SCRIPT, = (code for code in CODE if "import" in code and "classes.json" in code)
 
 
 def test_commands_links_and_figures(tmp_path, monkeypatch):
@@ -38,7 +38,6 @@ def test_commands_links_and_figures(tmp_path, monkeypatch):
         assert not figures or "not SURREAL" in " ".join(section.split()), section[:80]
 
 
-@pytest.mark.skipif(not SCRIPT, reason="the README has no such script yet")
 def test_the_script_for_own_data_makes_a_folder_that_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mask = np.repeat([[255], [0]], [40, 20], axis=0).repeat(90, 1).astype(np.uint8)     # (60, 90)

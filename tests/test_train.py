@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import evaluate
 import train
@@ -182,15 +181,6 @@ def test_frame_order():
     assert sorted(large[:3]) == sorted(large[3:6]) == [0, 1, 2] and len(large) == 8
 
 
-def test_learning_rates():
-    steps, warm = dict(schedule="step", factor=0.96, every=20), dict(schedule="constant", warmup=10)
-    for schedule, step, rate in (
-            (dict(schedule="poly", power=0.9), 50, 0.5 ** 1.9), (steps, 19, 0.5),
-            (steps, 59, 0.5 * 0.96 ** 2), (warm, 0, 0.05), (warm, 9, 0.5), (warm, 99, 0.5)):
-        args = argparse.Namespace(**dict(lr=0.5, iterations=100, warmup=0) | schedule)
-        assert train.learning_rate(args, step) == pytest.approx(rate)
-
-
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory):
     """Two plain steps, to which every option is compared."""
@@ -217,11 +207,10 @@ def test_frozen_batch_normalisation_stays_as_it_was_drawn(data, tmp_path):
     for argv, updates in ((argv, 0), (["--resume", argv[5], "--iterations", "3"], 1)):
         assert train.start(argv) == 0
         weights = load(tmp_path / "run")["weights"]
-        norms = [name[:-12] for name in weights if name.endswith("running_mean")]
-        for norm in norms:                                  # drawn as 1; a step of Adam: lr 0.01
-            moved = (weights[norm + "weight"] - 1).abs().max()
+        for norm in (name[:-12] for name in weights if name.endswith("running_mean")):
+            moved = (weights[norm + "weight"] - 1).abs().max()      # drawn as 1; Adam's step: lr
             assert moved == pytest.approx(0.01 * updates, rel=0.01)
-            assert weights[norm + "num_batches_tracked"] == updates and norms
+            assert weights[norm + "num_batches_tracked"] == updates
 
 
 def test_a_row_is_the_figures_of_the_saved_network_on_unaugmented_frames(data, tmp_path):
@@ -319,7 +308,7 @@ def test_wrong_options_make_nothing(words, named, tmp_path, capsys, monkeypatch)
     assert {path.name for path in tmp_path.rglob("*")} <= {"runs"}
 
 
-def test_bad_data_is_refused_and_mended_data_serves_the_same_command(tmp_path, capsys):
+def test_data_that_an_option_does_not_fit_is_refused(tmp_path, capsys):
     data, run = write_prepared(tmp_path / "data", frames=3, size=80, joints=False,
                                names=[f"{name}*" for name in NAMES]), tmp_path / "run"
     text = (data / "classes.json").read_text()
@@ -329,17 +318,6 @@ def test_bad_data_is_refused_and_mended_data_serves_the_same_command(tmp_path, c
                            ("--size 64 --weighting w1-outer", "background*")):
         error = refused(command(data, run, *options.split(), model="hourglass"), capsys)
         assert named in error and not run.exists()
-    (data / "classes.json").write_text(text)
-    label = data / "train/labels/train_c0001_002.png"
-    argv = command(data, run, "--size", "64", "--workers", "1", "--resume")
-    good = label.read_bytes()
-    Image.fromarray(np.full((80, 80), 77, np.uint8)).save(label)
-    process = started(argv)
-    error = process.communicate()[1]                        # nothing follows the sentence
-    assert process.returncode == 2 and len(error.splitlines()) == 1
-    assert str(label) in error and "77" in error
-    label.write_bytes(good)
-    assert train.start(argv) == 0
 
 
 def test_init_from_takes_what_fits(plain):
@@ -394,6 +372,4 @@ def test_a_further_network_and_the_study_on_data_of_ones_own(tmp_path, monkeypat
     assert train.start(argv) == 0
     report = Path("runs/segnet-study/report.md").read_text()
     assert all(words in report for words in ("39.17", "54.49", "augmentation", "w1-outer", "long"))
-    times = lambda: [path.stat().st_mtime_ns for path in Path("runs").glob("seg*/*/last.pt")]
-    before = times()
-    assert len(before) == 6 and train.start(argv) == 0 and times() == before
+    assert len(list(Path("runs/segnet-study").glob("*/last.pt"))) == 6 and train.start(argv) == 0

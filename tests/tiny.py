@@ -7,33 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-NAMES = ["background", "hips", "leftUpLeg", "rightUpLeg", "spine", "leftLeg", "rightLeg", "spine1",
-         "leftFoot", "rightFoot", "spine2", "leftToeBase", "rightToeBase", "neck", "leftShoulder",
-         "rightShoulder", "head", "leftArm", "rightArm", "leftForeArm", "rightForeArm", "leftHand",
-         "rightHand", "leftHandIndex1", "rightHandIndex1"]
-GROUPS = {"background": [0], "head": [16], "torso": [1, 4, 7, 10], "upper legs": [2, 3],
-          "lower legs": [5, 6], "neck": [13], "shoulders": [14, 15], "upper arms": [17, 18],
-          "lower arms": [19, 20], "feet": [8, 9], "hands": [21, 22], "fingers": [23, 24],
-          "toes": [11, 12]}     # columns of the paper's Tables 2 and 5
-
-
-def mirror_ids(names):
-    """The id that each name becomes when left and right change places."""
-    swapped = [name.replace("left", "LEFT").replace("right", "left").replace("LEFT", "right")
-               for name in names]
-    return [names.index(name) for name in swapped]
-
-
-def colours():
-    """25 colours far apart: points of a 3 x 3 x 3 grid; the background's is dark."""
-    return [[r, g, b] for r in (40, 140, 240) for g in (40, 140, 240) for b in (40, 140, 240)][:25]
-
-
-def write_label(path, label, palette):
-    """Stores label (H, W) uint8 as a palette PNG of 256 entries."""
-    image = Image.fromarray(label)
-    image.putpalette([v for colour in palette for v in colour] + [0] * (768 - 3 * len(palette)))
-    image.save(path)
+from prepare_surreal import GROUPS, MIRROR, NAMES, PALETTE
 
 
 def draw(rng, size, classes):
@@ -51,21 +25,24 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
                    seed=0, joints=True, names=NAMES, groups=GROUPS):
     """Writes a prepared folder (DESIGN, section 2) of `frames` frames a split and returns its path.
     Images are the labels' colours plus a little noise."""
-    folder, rng, mirror = Path(folder), np.random.default_rng(seed), mirror_ids(names)
-    palette, pixels = colours()[:len(names)], np.zeros(len(names), np.int64)
+    folder, rng, count = Path(folder), np.random.default_rng(seed), len(names)
+    mirror = MIRROR[:count] if names == NAMES[:count] else list(range(count))
+    palette, pixels = PALETTE[:count], np.zeros(count, np.int64)
     for split in splits:
         for kind in ("images", "labels"):
             (folder / split / kind).mkdir(parents=True, exist_ok=True)
         known = {}
         for i in range(frames):
             frame = f"{split}_c{i // frames_per_clip + 1:04d}_{i % frames_per_clip + 1:03d}"
-            label, known[frame] = draw(rng, size, len(names))
+            label, known[frame] = draw(rng, size, count)
             image = np.array(palette)[label] + rng.normal(0, 4, (size, size, 3))
             image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
             image.save(folder / split / "images" / f"{frame}.jpg", quality=95)
-            write_label(folder / split / "labels" / f"{frame}.png", label, palette)
+            stored = Image.fromarray(label)
+            stored.putpalette(sum(palette, ()) + (0,) * (768 - 3 * count))      # all 256 entries
+            stored.save(folder / split / "labels" / f"{frame}.png")
             if split == "train":
-                pixels += np.bincount(label.ravel(), minlength=len(names))
+                pixels += np.bincount(label.ravel(), minlength=count)
         if joints:
             np.savez(folder / split / "joints.npz", frames=[*known], joints=[*known.values()])
     (folder / "classes.json").write_text(json.dumps(dict(
