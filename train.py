@@ -465,7 +465,7 @@ QUICK = dict(
     icnet=SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
     segnet=SHORT | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
     hourglass=SHORT | dict(size=96, lr=0.005, iterations=4500, val_every=750, stacks=1,
-                           features=128, stem_stride=4, joints_modules=1))
+                           features=128, stem_stride=4, joints_from=1, joints_modules=1))
 DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
                 val_images=500, data="", init_from="", out="", resume="")   # if no recipe differs
 MAY_CHANGE = set("workers device precision compile iterations out resume data "
