@@ -13,7 +13,6 @@ import functools
 import glob
 import io
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 HEAD, IGNORE = 16, 255                          # IGNORE labels what lies outside the frame
+HEIGHT, WIDTH, FOCAL = 240, 320, 600.0          # SURREAL's frames; their principal point: 160, 120
 
 # SURREAL's labels: 0, then the SMPL joint's number + 1. Its images are mirrored: what it calls
 # "left" is on the visible person's right; labels and joints agree, so the names stay as they are.
@@ -175,27 +175,6 @@ def extract(out, size, margin, split, folder, clip, times):
 
 
 # ------ Which frames
-def list_clips(args):
-    """The clips [(split, folder, clip)] anywhere below RAW/<split>/run<N>; rows of skipped.csv."""
-    clips, skipped, found = [], [], {}
-    for split in ("val", "train", "test"):
-        run = Path(args.raw, split, f"run{args.run}")
-        if not run.is_dir():
-            raise Problem(f"there is no folder {run}: --raw is usually SURREAL/data/cmu")
-        paths = [run / path for ending in (".mp4", "_segm.mat", "_info.mat")    # but no "._*"
-                 for path in sorted(glob.glob(f"**/*{ending}", root_dir=run, recursive=True))]
-        found[split] = {path.stem.removesuffix("_segm").removesuffix("_info"): path.parent
-                        for path in paths}
-        for clip, folder in sorted(found[split].items()):
-            if any(folder.match(name) or (folder / clip).match(name) for name in args.exclude):
-                skipped.append((clip, "", "excluded"))
-            elif split == "test" and clip in found["val"]:
-                skipped.append((clip, "", "also in val"))
-            else:
-                clips.append((split, folder, clip))
-    return clips, skipped
-
-
 def read_poses(path):
     """A clip's poses (T, 72) float32, the pelvis at 0, and why there are none."""
     try:
@@ -226,16 +205,31 @@ def pick(poses, wanted, how, clusters, rng):
 
 
 def choose(args):
-    """The frames to take, [(split, folder, clip, [t, ...])], and rows of skipped.csv."""
-    clips, skipped = list_clips(args)
+    """The frames [(split, folder, clip, [t, ...])] to take from below RAW; rows of skipped.csv."""
+    clips, skipped, found = [], [], {}
+    for split in ("val", "train", "test"):
+        run = Path(args.raw, split, f"run{args.run}")
+        if not run.is_dir():
+            raise Problem(f"there is no folder {run}: --raw is usually SURREAL/data/cmu")
+        paths = [run / path for ending in (".mp4", "_segm.mat", "_info.mat")    # but no "._*"
+                 for path in sorted(glob.glob(f"**/*{ending}", root_dir=run, recursive=True))]
+        found[split] = {path.stem.removesuffix("_segm").removesuffix("_info"): path.parent
+                        for path in paths}
+        for clip, folder in sorted(found[split].items()):
+            if any(folder.match(name) or (folder / clip).match(name) for name in args.exclude):
+                skipped.append((clip, "", "excluded"))
+            elif split == "test" and clip in found["val"]:
+                skipped.append((clip, "", "also in val"))
+            else:
+                clips.append((split, folder, clip))
     jobs = [(folder / f"{clip}_info.mat",) for _, folder, clip in clips]
-    found = list(in_parallel(read_poses, jobs, args.workers, "reading poses"))
-    skipped += [(clip, "", why) for (_, why), (_, _, clip) in zip(found, clips) if why]
+    read = list(in_parallel(read_poses, jobs, args.workers, "reading poses"))
+    skipped += [(clip, "", why) for (_, why), (_, _, clip) in zip(read, clips) if why]
     times = [[] for _ in clips]
     for number, split in enumerate(SPLITS):
         of_split = [i for i, clip in enumerate(clips) if clip[0] == split]
-        frames = [(i, t) for i in of_split for t in range(len(found[i][0]))]
-        poses = np.concatenate([found[i][0] for i in of_split] or [np.zeros((0, 72))])
+        frames = [(i, t) for i in of_split for t in range(len(read[i][0]))]
+        poses = np.concatenate([read[i][0] for i in of_split] or [np.zeros((0, 72))])
         how, clusters = ("spread", 1) if split == "val" else (args.pick, args.clusters)
         rng = np.random.default_rng([args.seed, number])
         for row in pick(poses, getattr(args, split), how, clusters, rng):
@@ -253,35 +247,45 @@ def start_worker():
 
 
 def in_parallel(function, jobs, workers, what):
-    """Yields function(*job) for all jobs, in order, from `workers` processes (0: from this one),
-    and shows a bar; without a terminal, a line every half minute."""
-    workers = min(workers, 61)                          # Windows allows no more
-    with ProcessPoolExecutor(workers or 1, initializer=start_worker) as pool:
+    """Yields function(*job) for all jobs, in order, from `workers` processes (0: from this one; at
+    most 61, for Windows), and shows a bar; without a terminal, a line every half minute."""
+    with ProcessPoolExecutor(min(workers, 61) or 1, initializer=start_worker) as pool:
         results = pool.map(function, *zip(*jobs)) if workers else (function(*j) for j in jobs)
         yield from tqdm(results, what, len(jobs), unit=" clips",
                         mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
 def write_whole(path, data):
-    """Writes bytes to a file that is there whole or not at all."""
+    """Writes bytes to a file that is there whole or not at all, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def check_settings(folder, note, settings):
+    """Raises Problem if `folder` was made with other settings, as its JSON file `note` tells, or if
+    it holds other files. The folder .parts may be there without a note, after an early kill."""
+    if note.exists():
+        found = json.loads(note.read_text(encoding="utf-8")).get("settings", {})
+        differing = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+        if differing:
+            raise Problem(f"{folder} was made with {differing}: name another --out or remove it")
+    elif folder.exists() and any(path.name != ".parts" for path in folder.iterdir()):
+        raise Problem(f"{folder} holds other files: name another --out, a new or an empty folder")
 
 
 def prepare(args, settings):
     """Prepares args.raw into args.out, or goes on with it. Raises Problem."""
     out, parts = args.out, args.out / ".parts"
     chosen, skipped = choose(args)
-    parts.mkdir(parents=True, exist_ok=True)
     write_whole(parts / "settings.json", json.dumps(dict(settings=settings)).encode())
     for split in SPLITS:
-        for folder in (out / split / "images", out / split / "labels", parts / split):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in ("images", "labels"):
+            (out / split / folder).mkdir(parents=True, exist_ok=True)
     jobs = [(out, args.size, args.margin, *job) for job in chosen
             if not (parts / job[0] / f"{job[2]}.json").exists()]
     list(in_parallel(extract, jobs, args.workers, "writing frames"))
-    empty = False
     for split in reversed(SPLITS):                  # train comes last: its frames are used below
         frames, joints, histogram = [], [], np.zeros(4 * 256, int)
         for path in sorted((parts / split).glob("*.json")):
@@ -293,11 +297,10 @@ def prepare(args, settings):
         np.savez(out / split / "joints.npz", frames=np.array(frames, str),
                  joints=np.array(joints, np.float32).reshape(-1, 24, 2))
         print(f"{split}: {len(frames)} frames ({getattr(args, split)} wanted)")
-        empty = empty or not frames
     skipped.sort(key=lambda row: (row[0], row[1] or 0))
     with open(out / "skipped.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("clip", "frame", "reason"), *skipped])
-    if empty:
+    if not all(any((out / split / "images").iterdir()) for split in SPLITS):
         raise Problem(f"a split has no frame: mend what {out}/skipped.csv lists, remove {out}")
     shown = [frames[i] for i in np.linspace(0, len(frames) - 1, 8).astype(int)]
     rows = [[Image.open(out / "train" / name.format(frame)).convert("RGB").resize((160, 160))
@@ -313,13 +316,11 @@ def prepare(args, settings):
         pixels=pixels[:len(NAMES)].tolist(), size=args.size, mean=mean.tolist(), std=std.tolist(),
         settings=settings, source="rendered stand-in, not SURREAL" if args.synthesize else
         f"SURREAL, run{args.run}; its left is the visible person's right")
-    write_whole(parts / "classes.json", (json.dumps(classes, indent=1) + "\n").encode())
-    os.replace(parts / "classes.json", out / "classes.json")
+    write_whole(out / "classes.json", (json.dumps(classes, indent=1) + "\n").encode())
 
 
 # ------ The stand-in: clips in SURREAL's raw layout, after the paper's Section 2.1, step by step.
 # What SURREAL takes from measured data is drawn here from the clip's own random generator `rng`.
-HEIGHT, WIDTH, FOCAL = 240, 320, 600.0      # SURREAL's pictures; the principal point is (160, 120)
 
 # Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: the SMPL
 # skeleton with flesh of tapered capsules. Millimetres; x to the body's left, y up, z forward.
@@ -330,35 +331,31 @@ T_POSE = np.array("""
     -95 -885 -30   0 300 -10   115 -945 85   -115 -945 85   0 500 -35   75 410 -25   -75 410 -25
     0 585 0   180 435 -30   -180 435 -30   435 430 -40   -435 430 -40   685 435 -35   -685 435 -35
     765 430 -30   -765 430 -30""".split(), float).reshape(24, 3) / 1000
-FLESH = (                                   # left side: joint, ends a and b (x, y, z), their radii
-    (0, 60, 68, -10, 74, -72, -10, 102, 112), (0, 78, -60, -50, 80, -95, -45, 88, 88),
-    (0, 0, 50, 0, 0, -85, 5, 100, 85), (3, 50, 118, -10, 46, 195, -10, 101, 99),
-    (6, 46, 220, -10, 54, 285, -10, 99, 103), (9, 55, 315, -12, 64, 365, -20, 105, 92),
-    (9, 0, 310, -10, 0, 410, -28, 108, 84), (12, 0, 500, -42, 0, 600, -12, 58, 55),
-    (15, 0, 708, -34, 0, 714, 0, 88, 81), (15, 0, 664, 22, 0, 610, 52, 69, 37),
-    (15, 0, 684, 93, 0, 657, 110, 8, 14), (15, 76, 655, -8, 80, 688, -14, 12, 17),
-    (13, 60, 415, -22, 150, 437, -30, 86, 64), (13, 25, 485, -42, 130, 455, -35, 46, 46),
-    (16, 185, 432, -30, 220, 430, -30, 60, 55), (16, 220, 431, -30, 432, 430, -40, 52, 41),
-    (18, 440, 430, -40, 520, 431, -38, 41, 41), (18, 520, 431, -38, 680, 435, -35, 41, 27),
-    (20, 690, 435, -46, 755, 430, -58, 21, 16), (20, 690, 434, -26, 757, 430, -14, 21, 16),
-    (20, 705, 425, -10, 745, 415, 25, 17, 14), (20, 745, 415, 25, 785, 412, 42, 13, 10),
-    (22, 768, 430, -66, 818, 424, -78, 12, 9), (22, 772, 431, -44, 840, 425, -50, 13, 10),
-    (22, 772, 431, -22, 846, 425, -21, 13, 10), (22, 768, 430, -1, 832, 424, 10, 13, 10),
-    (1, 85, -110, 0, 98, -300, 6, 96, 80), (1, 98, -300, 6, 100, -470, 0, 80, 58),
-    (4, 100, -480, 0, 98, -600, -16, 56, 57), (4, 98, -600, -16, 95, -885, -30, 57, 36),
-    (7, 95, -900, -35, 95, -928, -58, 36, 34), (7, 97, -905, -20, 106, -938, 60, 35, 27),
-    (7, 108, -938, -30, 124, -944, 68, 26, 22), (7, 92, -938, 0, 92, -944, 85, 25, 22),
-    (10, 91, -946, 95, 93, -950, 145, 20, 15), (10, 108, -947, 95, 111, -952, 142, 15, 12),
-    (10, 123, -948, 88, 127, -953, 130, 14, 11), (10, 137, -949, 78, 141, -954, 112, 13, 10))
-BY_SEX = (((9, 72, 340, 52, 78, 332, 62, 56, 50), (0, 90, -20, -10, 100, -85, -10, 96, 96)),
-          ((9, 75, 370, 30, 90, 375, 22, 66, 60), (9, 85, 330, -40, 110, 400, -45, 72, 60)))
+# Capsules of the middle and the left side: joint, ends a and b (x, y, z), their radii.
+FLESH = """
+0 60 68 -10 74 -72 -10 102 112, 0 78 -60 -50 80 -95 -45 88 88, 0 0 50 0 0 -85 5 100 85,
+3 50 118 -10 46 195 -10 101 99, 6 46 220 -10 54 285 -10 99 103, 9 55 315 -12 64 365 -20 105 92,
+9 0 310 -10 0 410 -28 108 84, 12 0 500 -42 0 600 -12 58 55, 15 0 708 -34 0 714 0 88 81,
+15 0 664 22 0 610 52 69 37, 15 0 684 93 0 657 110 8 14, 15 76 655 -8 80 688 -14 12 17,
+13 60 415 -22 150 437 -30 86 64, 13 25 485 -42 130 455 -35 46 46, 16 185 432 -30 220 430 -30 60 55,
+16 220 431 -30 432 430 -40 52 41, 18 440 430 -40 520 431 -38 41 41,
+18 520 431 -38 680 435 -35 41 27, 20 690 435 -46 755 430 -58 21 16,
+20 690 434 -26 757 430 -14 21 16, 20 705 425 -10 745 415 25 17 14, 20 745 415 25 785 412 42 13 10,
+22 768 430 -66 818 424 -78 12 9, 22 772 431 -44 840 425 -50 13 10, 22 772 431 -22 846 425 -21 13 10,
+22 768 430 -1 832 424 10 13 10, 1 85 -110 0 98 -300 6 96 80, 1 98 -300 6 100 -470 0 80 58,
+4 100 -480 0 98 -600 -16 56 57, 4 98 -600 -16 95 -885 -30 57 36, 7 95 -900 -35 95 -928 -58 36 34,
+7 97 -905 -20 106 -938 60 35 27, 7 108 -938 -30 124 -944 68 26 22, 7 92 -938 0 92 -944 85 25 22,
+10 91 -946 95 93 -950 145 20 15, 10 108 -947 95 111 -952 142 15 12,
+10 123 -948 88 127 -953 130 14 11, 10 137 -949 78 141 -954 112 13 10"""
+BY_SEX = ("9 72 340 52 78 332 62 56 50, 0 90 -20 -10 100 -85 -10 96 96",
+          "9 75 370 30 90 375 22 66 60, 9 85 330 -40 110 400 -45 72 60")
 
 
 def body_model(sex, shape):
     """Joint (C,) and geometry (C, 8) in metres of the capsules, the scales (24, 3) of each joint's
     flesh along x, y, z, and the joints (24, 3) that follow. Body shape: ten coefficients with a
     meaning each. SURREAL: principal components of the people scanned for CAESAR."""
-    left = np.array(FLESH + BY_SEX[sex], np.float32)
+    left = np.array([row.split() for row in f"{FLESH}, {BY_SEX[sex]}".split(",")], np.float32)
     right = left[left[:, 1] > 0] * np.float32((1, -1, 1, 1, -1, 1, 1, 1, 1))
     right[:, 0] += ~np.isin(right[:, 0], (0, 3, 6, 9, 12, 15))          # right comes after left
     flesh = np.concatenate([left, right])
@@ -429,8 +426,8 @@ def motion(rng, frames, joints):
         jitter[[4, 5, 18, 19]] = 0                      # knees and elbows are hinges
         jitter[22:, 2] = rng.uniform(0, 60, 2) * (-1, 1)                # fingers curl
         euler += jitter
-        local, place = np.zeros((frames, 24, 3, 3)) + np.eye(3), np.tile(joints, (frames, 1, 1))
-        turn = local.copy()
+        local, turn = np.zeros((2, frames, 24, 3, 3)) + np.eye(3)
+        place = np.tile(joints, (frames, 1, 1))
         for j, parent in enumerate(PARENT):             # forward kinematics
             order, axes = ("YZX", [1, 2, 0]) if j in (16, 17) else ("XZY", [0, 2, 1])
             local[:, j] = Rotation.from_euler(order, euler[:, j, axes], degrees=True).as_matrix()
@@ -497,7 +494,7 @@ def dress(rng, sex, still):
         scalp = (up > hairline + cut - np.clip(.045 - front, 0, .2)) & (up > .645 + cut)
         scalp |= long & (up > .52) & (front < .02) & ((front < -.05) | (across > .05))
         scalp &= (head | long & (joint == 12)) & ((up > .70) | (across < .078) | (front < -.035))
-        colour, wrinkles = skin * (1 + .05 * uneven[:, None]), np.full(len(x), .04)
+        colour = skin * (1 + .05 * uneven[:, None])
         for cx, cy, width, height, paint in (           # eyes, brows, mouth
                 (.032, .681, .009, .008, .2 * skin), (.034, .701, .019, .005, .7 * hair),
                 (0, .628, .025, .008, skin * (.8, .5, .5))):
@@ -508,26 +505,14 @@ def dress(rng, sex, still):
             pattern = np.sin(pitch * x[where, :2]) @ wave[:2] + wave[2] * uneven[where] > limit
             colour[where] = np.where(pattern[:, None], second, first)
             colour[where] *= 1 + .12 * uneven[where, None]
-            wrinkles[where] = rough
         colour[top & ((torso & (up < bottom + .015 + cut)) | (across > sleeve - .015 + cut))] *= .75
         colour[scalp] = hair * (1 + 40 * cut[scalp, None])
-        return np.clip(colour, .01, 1), wrinkles
+        return np.clip(colour, .01, 1), np.where(legs | top | feet, rough, .04)
     return texture
 
 
-# Light. SURREAL: nine coefficients of spherical harmonics, drawn uniformly. So it is here.
-def irradiance(normal, light):
-    """Light (N,) on normals (N, 3), by Ramamoorthi & Hanrahan (2001), equation 13, for light (9,):
-    ambient; along y, z, x; along xy, yz, zz, xz, xx - yy."""
-    x, y, z = normal.T
-    return np.maximum(light @ np.stack((
-        .886 * np.ones_like(x), 1.023 * y, 1.023 * z, 1.023 * x, .858 * x * y, .858 * y * z,
-        .743 * z * z - .248, .858 * x * z, .429 * (x * x - y * y))), .02)
-
-
 # Camera. As in SURREAL, it looks at the pelvis from a random distance and yaw, and its matrix has
-# determinant -1, so pictures are mirrored: what the data names left is on the visible person's
-# right. The world's y points down; the camera, at +x, looks along -x.
+# determinant -1, so pictures are mirrored. y points down; the camera, at +x, looks along -x.
 def project(points, camera):
     """World points (..., 3) to x, y in pixels and depth in metres (..., 3)."""
     x, y, z = np.moveaxis(points - camera, -1, 0)
@@ -535,14 +520,14 @@ def project(points, camera):
 
 
 @np.errstate(invalid="ignore", divide="ignore")         # of the lines that miss
-def draw_body(joint, capsules, scale, turn, place, camera, soft=.02):
+def draw_body(joint, capsules, scale, turn, place, camera):
     """Draws capsules (C, 8) on joint (C,) into a z-buffer of twice the resolution, each in its
     joint's T-pose, where it stands still: the lines of sight are moved instead. turn (24, 3, 3) and
-    place (24, 3) are the joints' in the world. Returns the body's sub-pixels: index in (480, 640)
-    (N,), depth and joint (N, 1), normal in the world and place in the T-pose (N, 3). Where surfaces
-    are within `soft` metres, their normals melt into each other."""
-    depth, owner = np.full((480, 640), np.inf, np.float32), np.zeros((480, 640), int)
-    normal, rest = np.zeros((2, 480, 640, 3), np.float32)
+    place (24, 3) are the joints' in the world. Returns the body's sub-pixels: index in (480, 640),
+    depth and joint (N,), normal in the world and place in the T-pose (N, 3)."""
+    grid = np.arange(480 * 640).reshape(480, 640)
+    depth, owner = np.full(grid.size, np.inf, np.float32), np.zeros(grid.size, int)
+    normal, rest = np.zeros((2, grid.size, 3), np.float32)
     inverse = (turn.swapaxes(1, 2) / scale[:, :, None]).astype(np.float32)      # world to T-pose
     eyes = ((inverse @ (camera - place)[..., None])[..., 0] + T_POSE).astype(np.float32)
     ends = (capsules[:, :6].reshape(-1, 2, 3) - T_POSE[joint, None]) * scale[joint, None]
@@ -569,18 +554,19 @@ def draw_body(joint, capsules, scale, turn, place, camera, soft=.02):
         for towards, end, radius in ((m3, oa, ra), (m3 - m2, ob, rb)):
             t = np.fmin(t, (-towards - np.sqrt(towards ** 2 - dd * (end @ end - radius ** 2))) / dd)
         along = np.clip((slope - ra * taper + t * m2) / flank, 0, 1)
-        before = depth[y0:y1, x0:x1].ravel()
-        index = np.flatnonzero(t < before + soft)
-        t, before, hit = t[index], before[index], eye + t[index, None] * sight[index]
-        outward = (hit - a - along[index, None] * (b - a)) @ inverse[j]
+        pixel = grid[y0:y1, x0:x1].ravel()
+        near = np.flatnonzero(t < depth[pixel] + .02)
+        pixel, t, hit = pixel[near], t[near], eye + t[near, None] * sight[near]
+        outward = (hit - a - along[near, None] * axis) @ inverse[j]
         outward /= np.linalg.norm(outward, axis=1, keepdims=True)
-        share = np.clip(.5 + (before - t) / (2 * soft), 0, 1)[:, None]
-        row, column = y0 + index // max(x1 - x0, 1), x0 + index % max(x1 - x0, 1)
-        normal[row, column] += share * (outward - normal[row, column])
-        row, column, nearer = row[t < before], column[t < before], t < before
-        depth[row, column], owner[row, column], rest[row, column] = t[nearer], j, hit[nearer]
+        # Where two surfaces are within 2 cm, their normals melt into each other.
+        share = np.clip(.5 + (depth[pixel] - t) / .04, 0, 1)[:, None]
+        normal[pixel] += share * (outward - normal[pixel])
+        nearer = t < depth[pixel]
+        pixel = pixel[nearer]
+        depth[pixel], owner[pixel], rest[pixel] = t[nearer], j, hit[nearer]
     index = np.flatnonzero(depth < np.inf)
-    return index, *(field.reshape(480 * 640, -1)[index] for field in (depth, owner, normal, rest))
+    return index, depth[index], owner[index], normal[index], rest[index]
 
 
 # Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one over
@@ -590,83 +576,95 @@ def background(rng, path):
     if path:
         picture = ImageOps.fit(Image.open(path).convert("RGB"), (WIDTH, HEIGHT))
         return np.asarray(picture, np.float32) / 255
+    # 1. S shapes, the largest first. Some recede to a vanishing point; others lie, stand or lean.
     width, count = int(WIDTH * rng.uniform(.8, 1.25)), int(np.exp(rng.uniform(2.5, 5)))
     frame = np.array((width, width * 3 // 4))           # enlarged it gets soft, reduced sharp
     size = np.sort(np.exp(-rng.uniform(0, 3.6, count)))[::-1] * width / 2
     size[:4] *= 5                                       # walls and floor
     centre, vanish = rng.uniform(-.05, 1.05, (count, 2)) * frame, rng.uniform(.1, .9, 2) * frame
     recede, kind = np.arctan2(*(vanish - centre).T[::-1]), rng.integers(4, size=count)
-    angle = np.choose(kind, (recede, 0, math.pi / 2, rng.uniform(0, 7, count)))
+    angle = np.choose(kind, (recede, 0, np.pi / 2, rng.uniform(0, 7, count)))
     long, wide, circle = (np.stack([np.cos(v), np.sin(v)], 1) for v in (
-        angle, angle * (kind > 0) + math.pi / 2, np.arange(16) * math.pi / 8 + .1))
-    half, index = size * rng.uniform(.1, 1, count), Image.new("I", tuple(frame.tolist()))
+        angle, angle * (kind > 0) + np.pi / 2, np.arange(16) * np.pi / 8 + .1))
+    half = size * rng.uniform(.1, 1, count)
+    # 2. Draw their numbers one over another: index (H, W) is the shape that a pixel shows.
+    index = Image.new("I", tuple(frame.tolist()))
     for k in range(count):                              # a rectangle, an ellipse, or in between
         outline = np.sign(circle) * np.abs(circle) ** rng.choice((.01, .5, 1), p=(.6, .1, .3))
         corners = centre[k] + outline @ np.stack([size[k] * long[k], half[k] * wide[k]])
         ImageDraw.Draw(index).polygon(corners.ravel().tolist(), fill=k)
-    index = np.asarray(index)                           # (H, W): which shape each pixel shows
-    y, x = np.mgrid[:frame[1], :width].astype(np.float32)
-
-    def of(numbers):                                    # shapes' (S, ...) to pixels' (H, W, ...)
-        return np.asarray(numbers, np.float32)[index]
-
-    def along(vector):                                  # from the shape's centre, (S, 2) to (H, W)
-        return of(vector[:, 0]) * x + of(vector[:, 1]) * y - of((vector * centre).sum(1))
-
-    # A shape gets two colours in stripes or tiles, 1/f noise (some of it stretched) and light with
-    # a gradient. Some shapes are darker at the rim, as if round; a few are bright, as lamps are.
-    palette = np.stack([any_colour(rng) for _ in range(count // 4 + 4)] + list(SKIN))
-    first, second = rng.integers(np.where(rng.random((2, count)) < .5, 5, len(palette)))
-    u, v = along(long), along(long[:, ::-1] * (-1, 1))
+    index = np.asarray(index)
+    # 3. A shape's looks: two colours in stripes or tiles, 1/f noise, light with a gradient.
+    palette = np.float32([any_colour(rng) for _ in range(count // 4 + 4)] + list(SKIN))
+    first, second = palette[rng.integers(np.where(rng.random((2, count)) < .5, 5, len(palette)))]
     period = rng.choice((4, 12, 40, 9e9), (2, count)) * rng.uniform(.6, 1.6, (2, count))
-    cell = ((u // of(period[0]) * 7 + v // of(period[1]) * 13).astype(int) + index) & 255
-    share = (rng.random(256)[cell] * of(rng.choice((0, .1, .4, 1), count)))[..., None]
+    tile, contrast = rng.random(256), rng.choice((0, .1, .4, 1), count)
     stretch = rng.uniform(.3, 2, count) * rng.choice((.1, 1, 1, 3), (2, count))
-    row, column = ((axis * of(s)).astype(int) & 255 for axis, s in zip((u, v), stretch))
-    light = of(np.where(rng.random(count) < .04, 2.5, rng.uniform(.5, 1.3, count)))
-    light *= np.exp(along(rng.normal(0, .6 / width, (count, 2))))
-    light *= 1 + of(rng.uniform(.02, .3, count)) * noise()[index & 7, row, column]
-    light *= 1 - of(rng.choice((0, .7), count)) * np.minimum((v / of(half)) ** 2, 1)
-    image = (of(palette[first]) * (1 - share) + of(palette[second]) * share) * light[..., None]
+    bright = np.where(rng.random(count) < .04, 2.5, rng.uniform(.5, 1.3, count))    # a few lamps
+    slope, rough = rng.normal(0, .6 / width, (count, 2)), rng.uniform(.02, .3, count)
+    rim = rng.choice((0, .7), count)                    # darker there, as if round
+    # 4. From shapes (S,) to pixels (H, W): u along and v across the shape, from its centre.
+    y, x = np.mgrid[:frame[1], :width].astype(np.float32)
+    axes = np.stack([long, long[:, ::-1] * (-1, 1), slope])                 # (3, S, 2)
+    u, v, ramp = (axis[index, 0] * x + axis[index, 1] * y - start[index] for axis, start in zip(
+        np.float32(axes), np.float32((axes * centre).sum(2))))
+    period_u, period_v, stretch_u, stretch_v, contrast, bright, rough, rim, half = np.float32(
+        [*period, *stretch, contrast, bright, rough, rim, half])[:, index]
+    cell = ((u // period_u * 7 + v // period_v * 13).astype(int) + index) & 255
+    share = (tile[cell] * contrast)[..., None]          # of the second colour
+    row, column = np.stack([u * stretch_u, v * stretch_v]).astype(int) & 255
+    light = bright * np.exp(ramp) * (1 + rough * noise()[index & 7, row, column])
+    light *= 1 - rim * np.minimum((v / half) ** 2, 1)
+    image = (first[index] * (1 - share) + second[index] * share) * light[..., None]
     image *= rng.uniform(.12, .75) * rng.normal((1.1, 1, .9), .1) / image.mean()
     image = 255 * (1 - np.exp(-1.6 * image.clip(0))) ** .8              # film: highlights roll off
     picture = Image.fromarray(image.astype(np.uint8)).resize((WIDTH, HEIGHT), Image.BICUBIC)
     return np.asarray(picture, np.float32) / 255
 
 
-# Ground truth. SURREAL: further passes of Blender. Here: the z-buffer.
-def paint(image, texture, light, index, depth, joint, normal, x):
-    """Paints a drawn body over image (240, 320, 3), in place. Returns the labels (240, 320) uint8:
-    joint + 1 of the nearest of a pixel's four sub-pixels, where two of them are body. As in
+# Light and ground truth. SURREAL: Blender, and its further passes. Here: the z-buffer.
+def paint(still, texture, light, index, depth, joint, normal, x):
+    """The image (240, 320, 3) float32 of a drawn body before `still`, and its labels (240, 320)
+    uint8: joint + 1 of the nearest of a pixel's four sub-pixels, where two of them are body. As in
     SURREAL, there are stray spots of head on chest and pelvis."""
-    joint, (row, column) = joint[:, 0], ((x[:, [1, 0]] + x[:, [2, 2]]) / .005).astype(int).T & 255
+    row, column = ((x[:, [1, 0]] + x[:, [2, 2]]) / .005).astype(int).T & 255
     colour, wrinkles = texture(x, joint)
     normal = normal + wrinkles[:, None] * noise()[4:7, row, column].T
-    shade = irradiance(normal / np.linalg.norm(normal, axis=1, keepdims=True), light)
+    # As in SURREAL, light is nine coefficients of spherical harmonics (1; y, z, x; xy, yz, zz, xz,
+    # xx - yy), and what arrives is equation 13 of Ramamoorthi & Hanrahan (2001).
+    nx, ny, nz = (normal / np.linalg.norm(normal, axis=1, keepdims=True)).T
+    shade = np.maximum(light @ np.stack((
+        .886 * np.ones_like(nx), 1.023 * ny, 1.023 * nz, 1.023 * nx, .858 * nx * ny, .858 * ny * nz,
+        .743 * nz * nz - .248, .858 * nx * nz, .429 * (nx * nx - ny * ny))), .02)
     colour = np.sqrt(np.minimum(colour ** 2 * shade[:, None], 1))       # about a display's gamma
     stray = np.isin(joint, (0, 9)) & (np.sin(45 * x[:, 0] + 1) * np.sin(38 * x[:, 1]) > .95)
     pixel = index // 640 // 2 * WIDTH + index % 640 // 2
     cover = np.bincount(pixel, minlength=HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) / 4
-    image *= 1 - cover[..., None]
+    image = (still * (1 - cover[..., None])).astype(np.float32)
     for channel in range(3):
         image[..., channel].flat += np.bincount(pixel, colour[:, channel] / 4, HEIGHT * WIDTH)
-    labels, order = np.zeros((HEIGHT, WIDTH), np.uint8), np.argsort(-depth[:, 0])
+    labels, order = np.zeros((HEIGHT, WIDTH), np.uint8), np.argsort(-depth)
     labels.flat[pixel[order]] = np.where(stray, HEAD, joint + 1)[order]         # the nearest last
     labels[cover < .5] = 0
-    return labels
+    return image, labels
 
 
-def make_clip(path, seed, split, frames, picture):
-    """Renders PATH.mp4, PATH_segm.mat and, last, PATH_info.mat, which marks the clip as done."""
-    rng = np.random.default_rng((seed, SPLITS.index(split)))
+def make_clip(raw, split, i, seed, frames, picture):
+    """Renders clip i of a split: its mp4, _segm.mat and, as the mark that it is done, _info.mat."""
+    person, number = dict(train=200, val=800, test=900)[split] + i // 40, i % 4 + 1
+    sequence = f"{person:03d}_{i % 40 // 4 + 1:02d}"    # has four clips; a person has ten sequences
+    path = raw / split / "run0" / sequence / f"{sequence}_c{number:04d}"
+    if Path(f"{path}_info.mat").exists():
+        return
+    rng = np.random.default_rng((seed * 1_000_003 + i, SPLITS.index(split)))
     still, sex, light = background(rng, picture), int(rng.integers(2)), rng.uniform(-.7, .7, 9)
     light[:2] = rng.uniform((.5, -.7), (1.4, 0))        # never dark, more from above
     texture, shape = dress(rng, sex, still), np.clip(rng.normal(0, 1.2, 10), -2.5, 2.5)
     *flesh, joints = body_model(sex, shape)
     local, turn, place = motion(rng, frames, joints)
     place[..., 1] -= place[..., 1].min(1, keepdims=True)                # on a floor
-    yaw, distance = rng.uniform(0, 2 * math.pi), np.clip(rng.normal(8, 1), 5, 11)
-    world = np.diag((1., -1, -1)) @ Rotation.from_euler("y", yaw + math.pi / 2).as_matrix()
+    yaw, distance = rng.uniform(0, 2 * np.pi), np.clip(rng.normal(8, 1), 5, 11)
+    world = np.diag((1., -1, -1)) @ Rotation.from_euler("y", yaw + np.pi / 2).as_matrix()
     turn, place = world @ turn, place @ world.T
     camera = place[0, 0] + (distance, *rng.normal(0, rng.choice((.1, .5), p=(.92, .08)), 2))
     blur, grain, masks, video = rng.uniform(0, .8), rng.uniform(.002, .02), {}, io.BytesIO()
@@ -676,9 +674,8 @@ def make_clip(path, seed, split, frames, picture):
         stream = container.add_stream("libx264", rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         for t in range(frames):
-            image = still.copy()
-            drawn = draw_body(*flesh, turn[t], place[t], camera)
-            masks[f"segm_{t + 1}"] = paint(image, texture, light, *drawn)
+            body = draw_body(*flesh, turn[t], place[t], camera)
+            image, masks[f"segm_{t + 1}"] = paint(still, texture, light, *body)
             image = ndimage.gaussian_filter(image, (blur, blur, 0), truncate=2)
             image += grain * rng.standard_normal(image.shape, np.float32)
             image = (255 * image.clip(0, 1)).round().astype(np.uint8)
@@ -691,45 +688,39 @@ def make_clip(path, seed, split, frames, picture):
         light=np.tile(light[:, None], frames), shape=np.tile(shape[:, None], frames),
         zrot=np.full((frames, 1), yaw), camDist=distance, camLoc=camera[:, None])
     info = {key: np.float32(value) for key, value in info.items()}
-    sequence, number = path.name.rsplit("_c", 1)
     names = np.array([[str(picture or path.name)] * frames], object)    # a MATLAB cell array
     info |= dict(sequence=sequence, source="stand-in, not SURREAL", bg=names, cloth=names,
                  clipNo=np.uint16(number), stride=np.uint8(50), gender=np.uint8([[sex]] * frames))
-    write_whole(path.with_name(f"{path.name}.mp4"), video.getvalue())
+    write_whole(Path(f"{path}.mp4"), video.getvalue())
     for ending, fields in (("segm", dict(sorted(masks.items()))), ("info", info)):
         file = io.BytesIO()
         savemat(file, fields, do_compression=True)
         header = b"MATLAB 5.0 MAT-file".ljust(116)      # SciPy's would carry the date
-        write_whole(path.with_name(f"{path.name}_{ending}.mat"), header + file.getvalue()[116:])
-
-
-def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
-    """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
-    but for those that are there. Of the folder `backgrounds`, train takes eight in ten pictures."""
-    settings = json.dumps([clips, frames, seed, str(backgrounds)])
-    note, jobs, pictures = raw / "standin.json", [], [None] * 10
-    if raw.exists() and not (note.exists() and note.read_text() == settings):
-        raise Problem(f"{raw} was not made with these clips, frames and seed: name another --out")
-    if backgrounds:
-        kinds = (".jpg", ".jpeg", ".png")
-        pictures = sorted(p for p in Path(backgrounds).rglob("*") if p.suffix.lower() in kinds)
-    if len(pictures) < 10:
-        raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
-    raw.mkdir(parents=True, exist_ok=True)
-    write_whole(note, settings.encode())
-    for split, count, subject in zip(SPLITS, (clips, *[max(2, clips // 10)] * 2), (200, 800, 900)):
-        own = [picture for i, picture in enumerate(pictures) if SPLITS[max(i % 10 - 7, 0)] == split]
-        for i in range(count):                          # four clips a sequence, ten sequences
-            sequence = f"{subject + i // 40:03d}_{i % 40 // 4 + 1:02d}"
-            path = raw / split / "run0" / sequence / f"{sequence}_c{i % 4 + 1:04d}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.with_name(f"{path.name}_info.mat").exists():
-                jobs.append((path, seed * 1_000_003 + i, split, frames, own[i % len(own)]))
-    list(in_parallel(make_clip, jobs, workers, "rendering the stand-in") if jobs else ())
+        write_whole(Path(f"{path}_{ending}.mat"), header + file.getvalue()[116:])
 
 
 # ------ Command line
-def parse(argv=None):
+def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
+    """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
+    but for those that are there. Of the folder `backgrounds`, train takes eight in ten pictures."""
+    settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=backgrounds)
+    check_settings(raw, raw / "settings.json", settings)
+    pictures = [None] * 10 if not backgrounds else sorted(
+        path for path in Path(backgrounds).rglob("*")
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if len(pictures) < 10:
+        raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
+    write_whole(raw / "settings.json", json.dumps(dict(settings=settings)).encode())
+    few, most = max(2, clips // 10), [p for i, p in enumerate(pictures) if i % 10 < 8]
+    jobs = []
+    for split, count, own in (("train", clips, most), ("val", few, pictures[8::10]),
+                              ("test", few, pictures[9::10])):
+        jobs += [(raw, split, i, seed, frames, own[i % len(own)]) for i in range(count)]
+    list(in_parallel(make_clip, jobs, workers, "rendering the stand-in"))
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 2 after a sentence about what can be mended, 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -761,25 +752,14 @@ def parse(argv=None):
     for name in ("clips", "frames", "backgrounds"):
         if not args.synthesize and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --synthesize")
-    return args
-
-
-def main(argv=None):
-    """Returns the exit status: 0, 2 after a sentence about what can be mended, 130 on Ctrl-C."""
-    args = parse(argv)
+    counts = args.train, args.val, args.test, args.clusters, args.size, args.clips, args.frames
+    if min(*counts, args.workers + 1, args.seed + 1) < 1:
+        parser.error("frames, clusters, pixels and clips are at least 1, --workers and --seed 0")
     args.raw = args.raw or f"{args.out}-raw"
     done, parts = args.out / "classes.json", args.out / ".parts"
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
     try:
-        path = done if done.exists() else parts / "settings.json"
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-            differing = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
-            if differing:
-                raise Problem(f"{args.out} was made with other settings, {differing}: name another "
-                              "--out or remove it")
-        elif args.out.exists() and any(entry != parts for entry in args.out.iterdir()):
-            raise Problem(f"--out {args.out} holds other files: name a new or an empty folder")
+        check_settings(args.out, done if done.exists() else parts / "settings.json", settings)
         if not done.exists():
             if args.synthesize:
                 synthesize(Path(args.raw), args.clips, args.frames, args.seed, args.workers,
