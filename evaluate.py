@@ -189,10 +189,8 @@ class Split(Dataset):
 
     def __init__(self, data, split, classes, size=None, labels_at_size=False):
         self.folder, self.classes = Path(data) / split, classes
-        images, labels = pictures_in(self.folder / "images"), pictures_in(
-            self.folder / "labels", ".png")
-        self.images, self.labels = ({Path(path).stem: path for path in paths}
-                                    for paths in (images, labels))
+        self.images = {Path(p).stem: p for p in pictures_in(self.folder / "images")}
+        self.labels = {Path(p).stem: p for p in pictures_in(self.folder / "labels", ".png")}
         self.frames = sorted(self.images)
         if not self.frames:
             raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
@@ -206,7 +204,8 @@ class Split(Dataset):
         if (self.folder / "joints.npz").is_file():
             stored = np.load(self.folder / "joints.npz")
             known = dict(zip(stored["frames"].tolist(), stored["joints"].astype(np.float32)))
-            self.joints = np.stack([known[frame] for frame in self.frames])
+            unknown = np.full(stored["joints"].shape[1:], np.nan, np.float32)
+            self.joints = np.stack([known.get(frame, unknown) for frame in self.frames])
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
@@ -279,11 +278,12 @@ def report_text(runs, per_class=True):
     for run in runs:
         confusion = run["confusions"].sum(0).numpy()
         figures, halves = scores(confusion), bootstrap(run["confusions"], split.clips)
-        swapped = sum(confusion[a, b] for a, b in enumerate(classes["mirror"]) if a != b)
+        pairs = [(a, b) for a, b in enumerate(classes["mirror"]) if a != b]     # left and right
+        swapped = sum(confusion[pair] for pair in pairs)
         swapped /= max(confusion.sum() - confusion.trace(), 1)
         column = {"%": run["name"], "image size": run["split"].size}
         column |= {title: percent(figures[key], halves[key]) for key, title in FIGURES.items()}
-        column["left and right confused, of wrong pixels"] = percent(swapped)
+        column["left and right confused, of wrong pixels"] = percent(swapped if pairs else np.nan)
         columns.append(column | {f"accuracy: {group}": percent(np.nanmean(figures["recall"][ids]))
                                  for group, ids in classes["groups"].items()})
         cells = zip(names, *(map(percent, figures[key]) for key in (
@@ -330,7 +330,7 @@ def draw_examples(path, runs):
     split, classes = runs[0]["split"], runs[0]["classes"]
     first = np.unique(split.clips, return_index=True)[1]
     order = first[np.argsort(-own.mean(0)[first], kind="stable")]
-    chosen = order[np.linspace(0, len(order) - 1, 6).astype(int)]
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, 6).astype(int))]
     batch = Split(split.folder.parent, split.folder.name, classes)[chosen]     # as prepared
     rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), [""] * 6),
             ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), [""] * 6)]
@@ -392,7 +392,7 @@ def run_command(program, function):
     except KeyboardInterrupt:
         status, message = 130, "stopped by Ctrl-C"
     except (Problem, OSError) as error:     # a worker's traceback ends in "Problem: ..."
-        message = str(error).splitlines()[-1].split("Problem: ")[-1]
+        message = (str(error) or repr(error)).splitlines()[-1].split("Problem: ")[-1]
     except Exception as error:
         known = [TROUBLE[words] for words in TROUBLE if re.search(words, repr(error), re.I)]
         if not known:
@@ -416,7 +416,7 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **settings)
         add = self.add_argument_group("machine").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 is faster")
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: the best")
         add("--workers", type=int, default=1, help="processes that read images; 0: only this one")
 
     def error(self, message):

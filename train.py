@@ -118,13 +118,12 @@ def frame_order(frames, batch_size, seed, start, steps):
         yield [int(epoch(position // frames)[position % frames]) for position in positions]
 
 
-def draw_augmentation(seed, step, batch_size):
+def draw_augmentation(seed, step, B):
     """mirror (B,) bool, scale (B,) in 0.5 to 2 and place (B, 2) in 0 to 1 for a step's batch."""
     rng = np.random.default_rng([seed, 1, step])
-    mirror = torch.from_numpy(rng.random(batch_size) < 0.5)
-    scale = torch.from_numpy(2 ** rng.uniform(-1, 1, batch_size)).float()
-    place = torch.from_numpy(rng.random((batch_size, 2))).float()
-    return mirror, scale, place
+    mirror, scale, place = map(torch.from_numpy, (
+        rng.random(B) < 0.5, 2 ** rng.uniform(-1, 1, B), rng.random((B, 2))))
+    return mirror, scale.float(), place.float()
 
 
 def mirror_batch(images, labels, joints, chosen, classes, swap=True):
@@ -195,7 +194,7 @@ def train(args, run_dir, checkpoint=None):
     # 1. Processes that torchrun started: this is `rank` of `world`; the first validates and writes.
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if world > 1 and torch.cuda.is_available():
+    if world > 1 and args.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local)                        # which "cuda" stands for from here on
     device, precision = evaluate.pick_device(args.device, args.precision)
     if world > 1:
@@ -230,10 +229,10 @@ def train(args, run_dir, checkpoint=None):
     if checkpoint:
         if checkpoint["classes"]["names"] != classes["names"]:
             raise Problem(f"{args.data} has other classes than {run_dir}")
-        changed = [f"{name} {value}" for name, value in checkpoint["settings"].items()
-                   if name not in MAY_CHANGE and value != vars(args).get(name)]
+        changed = ", ".join(f"{name} {value}" for name, value in checkpoint["settings"].items()
+                            if name not in MAY_CHANGE and value != vars(args).get(name))
         if changed:
-            raise Problem(f"{run_dir} began with {', '.join(changed)}: name another --out")
+            raise Problem(f"{run_dir} began with {changed}: other values need another --out")
         start, best, rows = checkpoint["step"], checkpoint["best_miou"], checkpoint["rows"]
         network.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -250,7 +249,7 @@ def train(args, run_dir, checkpoint=None):
         os.replace(run_dir / "new.pt", run_dir / name)      # never leaves half a file
 
     if rank == 0 and checkpoint is None:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))     # never takes another's folder
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))     # else a new one
         save("last.pt", 0)
     if rank == 0:
         size = sum(p.numel() for p in network.parameters())
@@ -309,6 +308,7 @@ def train(args, run_dir, checkpoint=None):
             if stop:
                 print(f"Stopped at step {step}. To continue: python train.py --resume {run_dir}")
                 sys.exit(128 + stop[0])
+    stop.append(0)                                          # from here on, Ctrl-C ends at once
 
 
 def validate(predict, measured, args):
@@ -406,11 +406,11 @@ def study(args, out):
 
     def run(name, **changes):
         run_dir = out / "-".join(name.replace(" +", "").replace(",", "").split())
-        own = dict(study=False, augment=["none"], resume="newest") | changes
+        own = dict(study=False, augment=["none"], resume="newest", final_iterations=0) | changes
         last = run_dir / "last.pt"
         checkpoint = evaluate.load_checkpoint(last)[0] if last.exists() else None
         train(Namespace(**vars(args) | own), run_dir, checkpoint)       # no step, if it is finished
-        figures = evaluate.measure(run_dir / "best.pt", args, "val")
+        figures = evaluate.measure(run_dir / "best.pt", args, "val", args.data)
         runs[name] = figures | dict(name=name, run_dir=run_dir, changes=changes)
         return runs[name]
 
@@ -418,7 +418,7 @@ def study(args, out):
         difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
                                                       new["split"].clips)
         winner = new if difference > 0 else old
-        chance = ", which may be chance" if abs(difference) < half else ""
+        chance = "" if abs(difference) >= half else ", which may be chance"
         decisions.append(f"- {new['name']} against {old['name']}: {percent(difference, half, 2)} "
                          f"points of mIoU{chance}. The study goes on with **{winner['name']}**.")
         return winner
@@ -442,7 +442,7 @@ def study(args, out):
     longer = args.final_iterations or (args.iterations * 2 if args.quick else 90000)
     if args.final_iterations or not hourglass:              # its best run is the last one
         best = run(f"{best['name']}, long", **best["changes"], iterations=longer)
-    test = evaluate.measure(best["run_dir"] / "best.pt", args, "test")
+    test = evaluate.measure(best["run_dir"] / "best.pt", args, "test", args.data)
     published = PUBLISHED.get(args.model, {}).items()
     text = "\n".join([
         f"# The study of {args.model}, seed {args.seed}\n", *decisions, "\n![curves](curves.png)\n",
@@ -468,8 +468,7 @@ QUICK = dict(
                            features=128, stem_stride=4, joints_from=1, joints_modules=1))
 DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
                 val_images=500, data="", init_from="", out="", resume="")   # if no recipe differs
-MAY_CHANGE = set("workers device precision compile iterations out resume data "
-                 "final_iterations".split())                # between a run and its continuation
+MAY_CHANGE = {*"workers device precision compile iterations out resume data".split()}  # --resume
 STUDIED = {"width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
 
 
@@ -478,16 +477,15 @@ def build_parser():
     parser = evaluate.Parser(prog="train.py", description=__doc__.split("\n\n")[0],
                              epilog=f"Defaults for each model: {recipes}; else {DEFAULTS}")
     parser.add_argument("--model", choices=sorted(MODELS), default=SUPPRESS, help="the network")
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data, network").add_argument
     add("--data", default=SUPPRESS, help="prepared folder; else data/surreal or data/standin")
     add("--size", type=int, default=0, help="side of the images, a multiple of 32; 0: as prepared")
-    add = parser.add_argument_group("network").add_argument
     add("--double-filters", action="store_true", help="twice the filters of every layer: --width 2")
     add("--width", type=float, default=1.0, help="factor on the number of filters of every layer")
     add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
     add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")
     add("--features", type=int, default=256, help="hourglass: channels of a module")
-    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 4 takes 1/16")
+    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 4 computes 1/16")
     add("--coarse-to-fine", action="store_true", help="hourglass: 2, 6, 12, then 25 classes")
     add("--joints", choices=("none", "surreal", "centroids"), default="none",
         help="hourglass: a training branch finds the data's joints or the centres of the parts")
@@ -501,7 +499,7 @@ def build_parser():
     add("--iterations", type=int, default=SUPPRESS, help="training steps")
     add("--batch-size", type=int, default=SUPPRESS, help="images in a step, over all processes")
     add("--lr", type=float, default=SUPPRESS, help="first learning rate")
-    add("--val-every", type=int, default=SUPPRESS, help="steps between checkpoints")
+    add("--val-every", type=int, default=SUPPRESS, help="steps between validations")
     add("--val-images", type=int, default=SUPPRESS, help="images of train and val in a validation")
     add("--bn-after", type=int, default=0, help="steps before batch normalisation starts to learn")
     add("--init-from", default=SUPPRESS, metavar="CKPT", help="start with a checkpoint's weights")
@@ -510,7 +508,7 @@ def build_parser():
     add = parser.add_argument_group("run").add_argument
     add("--out", default=SUPPRESS, help="run folder; else runs/, named after the options")
     add("--resume", nargs="?", const="newest", default=SUPPRESS, metavar="DIR",
-        help="continue a run (the newest); with --model, start it where there is none")
+        help="continue a run (the newest); with --model and --out, start it where there is none")
     add("--quick", action="store_true", help="other defaults: some minutes on a laptop's CPU")
     add("--study", action="store_true", help="the paper's series of runs, in runs/<model>-study")
     add("--final-iterations", type=int, default=0, help="of a study's last run; 0: as the paper")
@@ -555,6 +553,8 @@ def parse(argv):
     args.augment = args.augment or ["mirror", "scale"]
     if args.double_filters and not checkpoint:
         args.width *= 2
+    if min(args.batch_size, args.val_every, args.val_images, args.size + 1, args.workers + 1) < 1:
+        raise Problem("--batch-size, --val-every and --val-images start at 1, --workers at 0")
     if args.size % 32:
         raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
     if (args.coarse_to_fine or study and model == "hourglass") and args.stacks == 1:

@@ -119,7 +119,7 @@ def data(options):
     """Images/s of reading, by one process, and of augmentation."""
     (device, precision), sixteen, rows = evaluate.pick_device(), range(16), [["step", "images/s"]]
     with tempfile.TemporaryDirectory() as folder:
-        folder = options.data or tiny.write_prepared(Path(folder) / "bars", 64, SIZE, ("train",))
+        folder = tiny.write_prepared(Path(folder) / "bars", 64, SIZE, ("train",))
         classes = evaluate.read_classes(folder, count=True)
         split = evaluate.Split(folder, "train", classes, labels_at_size=True)
         files = [paths[split.frames[i]] for i in sixteen for paths in (split.images, split.labels)]
@@ -173,16 +173,13 @@ def prepare(options):
         ["90,000 of 1.6 million poses chosen: seconds, GiB", timed("-c", POSES)[1]]]))
 
 
-PARTS = dict(networks=networks, data=data, prepare=prepare)
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[*PARTS], help="which to measure")
+    parser.add_argument("parts", nargs="*", default="networks data prepare".split(), help="which")
     parser.add_argument("--only", default="", help="networks whose name has these letters")
     parser.add_argument("--compile", action="store_true", help="networks: ours with torch.compile")
-    parser.add_argument("--data", help="data: a prepared folder instead of drawn bars")
     parser.add_argument("--workers", type=int, default=2, help="prepare: processes")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True                   # as train.py on a GPU
     for part in arguments.parts:
-        PARTS[part](arguments)
+        globals()[part](arguments)

@@ -205,8 +205,10 @@ def test_own_data_needs_names_alone(tmp_path):
     write_own(tmp_path, "IMG_0002", upright[:, ::-1], label[:, ::-1], "jpeg")
     write_own(tmp_path, "IMG_0003", upright[..., 0], label, "PNG")
     classes = read_classes(tmp_path, count=True)
+    np.savez(tmp_path / "train" / "joints", frames=["IMG_0002"], joints=np.ones((1, 5, 2)))
     split = Split(tmp_path, "train", classes, 16, labels_at_size=True)
     batch = split[[0, 1, 2]]
+    assert batch["joints"][:, 4, 0].nan_to_num(-1).tolist() == [-1, 0.25, -1]      # where unknown
     assert split.clips == ["IMG_0001", "IMG_0002", "IMG_0003"] and classes["size"] == 32
     assert (batch["labels"][0].numpy() == label[1::2, 1::2]).all()
     for colour, (y, x) in enumerate([(1, 8), (12, 1), (12, 12)]):
@@ -241,8 +243,7 @@ def test_bad_labels_are_named_and_mended(label, words, tmp_path):
 
 def test_a_report_worked_by_hand():
     confusion = torch.tensor([[[9, 1, 0, 0], [0, 5, 3, 0], [1, 1, 6, 0], [4, 0, 0, 0]]])
-    names = ["background", "leftArm", "rightArm", "head"]
-    text = report(names, [0, 2, 1, 3], confusion, arms=[1, 2])
+    text = report(["ground", "leftArm", "rightArm", "head"], [0, 2, 1, 3], confusion, arms=[1, 2])
     assert "40.0" in re.search("left and right confused.*", text)[0]        # 4 of 10 wrong pixels
     assert "68.8" in re.search("accuracy: arms.*", text)[0]                 # 5 / 8 and 6 / 8
     cells = text.partition("| rightArm ")[2].split()[1:9:2]

@@ -291,7 +291,6 @@ def test_padding_is_the_mean_colour_and_the_ignored_label():
 @pytest.mark.parametrize("options, says", [
     (["--raw", "no/such/folder"], "no/such/folder"), (["--run", "1"], "run1"),
     (["--val", "many"], "many"), (["--clips", "3"], "--synthesize"),
-    (["--frames", "3"], "--synthesize"),
     (["--backgrounds", "."], "--synthesize"), (["--synthesize"], "not allowed"),
     (["--trian", "3"], "--trian"), (["--raw", "half"], "test")])
 def test_a_mistake_is_one_sentence_before_anything_is_written(

@@ -297,7 +297,7 @@ def test_resume_refuses_other_settings_and_damaged_files(data, plain, tmp_path, 
     ("", "--model"), ("--model unet", "unet"), ("--resume nowhere", "nowhere"),
     ("--model icnet --variant vgg16", "--variant"), ("--model segnet --joints surreal", "--joints"),
     *((f"--model segnet {options}", named) for options, named in (
-        ("--iterations 2.5", "2.5"), ("--size 100", "128"),
+        ("--iterations 2.5", "2.5"), ("--size 100", "128"), ("--val-every 0", "--val-every"),
         ("--weighting w3", "w3"), ("--learning-rate 1", "--learning-rate"), ("--device gpu", "gpu"),
         ("--double-filters --width 3", "--double-filters"), ("--data nowhere", "nowhere"),
         ("--study --width 2", "--study"), ("--init-from nowhere.pt", "nowhere.pt")))])
