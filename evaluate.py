@@ -2,7 +2,7 @@
 
 Everything rests on one matrix per image: confusion[true, predicted] counts the pixels of class
 `true` that the network took for `predicted`, at the size of the prepared labels, without the pixels
-labelled 255 ("ignore"). Sums of these matrices give every figure of the paper. Its main one is
+labelled 255 ("ignore"). Sums of these matrices give every measure in the paper. The main one is
 mIoU, the mean over classes of the intersection over union: the pixels that are of a class in truth
 and prediction, divided by those that are in either. A class that occurs in neither is skipped.
 """
@@ -46,7 +46,7 @@ class Problem(Exception):
 
 class Predictor:
     """A network on `device` in "fp32" or "bf16", with what evaluation takes from its checkpoint.
-    logit_weights w: K floats, or None. A network trained on logits * w predicts from them too."""
+    logit_weights w: K floats, or None. A network trained on logits * w also predicts from these."""
 
     def __init__(self, checkpoint, network, device, precision):
         self.network = network.to(device, memory_format=torch.channels_last)
@@ -77,8 +77,8 @@ def confusion_matrices(prediction, labels, K):
 
 
 def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=None):
-    """Confusion matrices (N, K, K) int64 on the CPU, one a frame (all, or those of `indices`), and
-    the mean of criterion's loss over their pixels (NaN without one). predict: a Predictor."""
+    """Confusion matrices (N, K, K) int64 on the CPU, one per frame (of `indices`, else of all), and
+    criterion's mean loss over their pixels (NaN without a criterion). predict: a Predictor."""
     indices = range(len(split.frames)) if indices is None else indices
     chunks = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
     confusions, totals = [], []
@@ -101,10 +101,10 @@ def scores(confusion):
     recall (its accuracy) where it is true. body_f1: all classes but 0, the background, as one."""
     confusion = np.asarray(confusion, dtype=np.float64)
     tp, true, predicted = np.diagonal(confusion, 0, -2, -1), confusion.sum(-1), confusion.sum(-2)
-    body, bodies = confusion[..., 1:, 1:].sum((-2, -1)), (true + predicted)[..., 1:].sum(-1)
+    body_tp, body_sum = confusion[..., 1:, 1:].sum((-2, -1)), (true + predicted)[..., 1:].sum(-1)
     iou, f1, recall = tp / (true + predicted - tp), 2 * tp / (true + predicted), tp / true
     return dict(iou=iou, class_f1=f1, class_precision=tp / predicted, recall=recall,
-                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1), body_f1=2 * body / bodies,
+                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1), body_f1=2 * body_tp / body_sum,
                 class_accuracy=np.nanmean(recall, -1), accuracy=tp.sum(-1) / true.sum(-1))
 
 
@@ -133,8 +133,8 @@ def paired_difference(one, other, clips):
 # ---- The prepared folder
 
 def read_classes(data, count=False):
-    """The content of DATA/classes.json, with defaults for all but `names`. count: what the train
-    split says (count_pixels) too, taken on first use and kept. Raises Problem for a bad folder."""
+    """The content of DATA/classes.json, with defaults for all but `names`. count: add what
+    count_pixels finds in the train split; stored on first use. Raises Problem for a bad folder."""
     path = Path(data) / "classes.json"
     try:
         stored = json.loads(path.read_bytes())
@@ -292,7 +292,7 @@ def report_text(runs, per_class=True):
     lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
              f"{len(set(split.clips))} clips\n",
              markdown([[title, *(column[title] for column in columns)] for title in columns[0]]),
-             "+-: half the 95 % interval over other clips. Another training seed is not in it."]
+             "+-: half the 95 % interval over the choice of clips, not of the training seed."]
     for one, other in itertools.combinations(runs, 2):
         points = percent(*paired_difference(one["confusions"], other["confusions"], split.clips), 2)
         lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, same clips.")
@@ -309,8 +309,8 @@ def colours(labels, palette):
 def draw_grid(path, rows, classes, ids):
     """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
     across, (height, width) = len(rows[0][1]), rows[0][1][0].shape[:2]
-    inch = max(2.9, min(width, 1024) / 110)                 # a pixel for every pixel up to 1024
-    inches = inch * across + 1, inch * len(rows) * height / width + 1.3
+    cell = max(2.9, min(width, 1024) / 110)     # inches: a pixel for every pixel up to 1024
+    inches = cell * across + 1, cell * len(rows) * height / width + 1.3
     sheet = figure.Figure(inches, dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
     for line, (name, pictures, titles) in zip(grid, rows):
@@ -416,7 +416,7 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **settings)
         add = self.add_argument_group("machine").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: the best")
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fastest")
         add("--workers", type=int, default=1, help="processes that read images; 0: only this one")
 
     def error(self, message):
@@ -438,12 +438,12 @@ def measure(path, args, split, data=None):
 
 def segment(path, args):
     """Writes <picture>-overlay.png and <picture>-labels.png of args.images, of any size. A broken
-    or missing picture costs only itself; the exit status is 1 then, else 0."""
+    or missing picture is reported and skipped; the exit status is then 1, else 0."""
     predict = Predictor(*load_checkpoint(path), *pick_device(args.device, args.precision))
     size, palette = predict.settings["size"] or predict.classes["size"], predict.classes["palette"]
     out, status = Path(args.out or "runs/pictures"), 0
     out.mkdir(parents=True, exist_ok=True)
-    for file in (Path(file) for path in args.images for file in pictures_in(path) or [path]):
+    for file in (Path(f) for entry in args.images for f in pictures_in(entry) or [entry]):
         try:
             image = open_picture(file).convert("RGB")
         except Problem as problem:

@@ -1,7 +1,7 @@
 """Stacked hourglass: down to 1/16 and up again, several times in a row, with a loss after each.
 
-Newell, Yang & Deng, arXiv 1603.06937; the paper trains it at full resolution (Section 4.1). Every
-module sees what the one before it predicted, and corrects it ("intermediate supervision"):
+Newell, Yang & Deng, arXiv 1603.06937 (the source); the paper (Borrego Carazo, 2018, Section 4.1)
+trains it at full resolution. Each corrects the prediction before it (intermediate supervision):
 
     images -> stem -> x ─┬─────────────────────────────────────────> + -> x of the next module
     (B, 3, H, W)         │                            ┌─> 1x1 ───────┤
@@ -69,15 +69,15 @@ def centroids(labels, num_classes):
 def heat_maps(joints, H, W, spread):
     """A Gaussian with peak 1 at every joint, for the whole batch at once.
 
-    joints: (B, J, 2), x then y in pixels of the map; spread: its standard deviation, in pixels.
+    joints: (B, J, 2), x then y in pixels of the map; spread: the Gaussian's standard deviation.
     Returns maps (B, J, H, W) float32 and valid (B, J) bool: False for a joint NaN or outside.
     """
-    x, y = joints.unbind(-1)
+    def gaussian(centre, side):                                           # (B, J) -> (B, J, side)
+        distance = torch.arange(side, device=joints.device) - centre.nan_to_num().unsqueeze(-1)
+        return torch.exp(-distance ** 2 / (2 * spread ** 2))
+    x, y = joints.unbind(-1)                                              # (B, J) each
     valid = (x >= -0.5) & (x < W - 0.5) & (y >= -0.5) & (y < H - 0.5)    # False for NaN
-    x, y = joints.nan_to_num().unsqueeze(-1).unbind(-2)                   # (B, J, 1) each
-    along = lambda centre, side: torch.exp(
-        -(torch.arange(side, device=joints.device) - centre) ** 2 / (2 * spread ** 2))
-    return along(y, H).unsqueeze(-1) * along(x, W).unsqueeze(-2), valid
+    return gaussian(y, H).unsqueeze(-1) * gaussian(x, W).unsqueeze(-2), valid
 
 
 def heat_map_loss(maps, joints, spread):
@@ -86,7 +86,7 @@ def heat_map_loss(maps, joints, spread):
     maps: (B, J, H, W) logits; joints, spread: as for heat_maps. A joint fills 1/400 of its map and
     would vanish in a mean over pixels, so a map's sum is divided by its Gaussian's, 2 pi spread^2.
     The loss then starts at about 7.0 and is pi^2 / 6 for perfect maps, at any size.
-    Returns the mean over the valid joints of all processes; 0 without any.
+    Returns, once DDP averages, the mean over the valid joints of all processes; 0 without any.
     """
     target, valid = heat_maps(joints, *maps.shape[-2:], spread)
     losses = F.binary_cross_entropy_with_logits(maps.float(), target, reduction="none")
@@ -165,12 +165,12 @@ class StackedHourglass(nn.Module):
 
     Training: -> a list of each module's float32 logits, at full size, and a list of heat maps.
     width: factor on `features`, the channels of a module; the stem's grow with them.
-    stem_stride: 1, 2 or 4: the modules work at this fraction of the resolution.
+    stem_stride: 1, 2 or 4: the modules work at 1, 1/2 or 1/4 of the image's height and width.
     coarse_to_fine: module s learns the label set of its level, for SURREAL's 25 classes.
     joints: "none"; "surreal": the num_joints joints of the data; "centroids": centres of the parts.
-    joints_from, joints_modules: the module that feeds the branch (or the last), and its length.
+    joints_from, joints_modules: which module (1 is the first) feeds the branch; its own modules.
     checkpoint_activations: recompute them in the backward pass, one module at a time. An image at
-        320x320, stride 1, in bf16 takes 1.5 GiB instead of 4.1 (on the CPU), for 1.3 of the time.
+        320x320, stride 1, bf16 takes 1.5 GiB instead of 4.1 (on the CPU), and 1.3 times as long.
     """
     recipe = dict(batch_size=3, lr=2.5e-4, optimizer="RMSprop", schedule="step", factor=0.96,
                   every=2000, iterations=150000, val_every=1000, val_images=300)
@@ -193,8 +193,8 @@ class StackedHourglass(nn.Module):
             widths = [1 + len(LEVELS[level]) for level in spread_levels(stacks)]
             levels = torch.stack([level_table(level) for level in spread_levels(stacks)])
         self.register_buffer("levels", levels, persistent=False)   # (stacks, 25) or None
-        heat_maps_of = {"none": 0, "surreal": num_joints, "centroids": num_classes - 1}[joints]
-        joint_widths = [heat_maps_of] * joints_modules if heat_maps_of else []
+        num_maps = {"none": 0, "surreal": num_joints, "centroids": num_classes - 1}[joints]
+        joint_widths = [num_maps] * joints_modules if num_maps else []
         self.stages = nn.ModuleList(Stage(C, K, s == stacks) for s, K in enumerate(widths, 1))
         self.joint_stages = nn.ModuleList(
             Stage(C, J, s == joints_modules) for s, J in enumerate(joint_widths, 1))
@@ -206,8 +206,8 @@ class StackedHourglass(nn.Module):
                                   if name.startswith("joint_stages") else 0)
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)     # He et al., arXiv 1502.01852
-                # What is added to the stream is scaled down: while batch normalisation is frozen
-                # (--bn-after), 43 residuals in a row would grow it a millionfold.
+                # Scaled down: the last convolution of a residual, re-injected features. If BN
+                # is frozen (--bn-after), 43 residuals in a row would else grow x a millionfold.
                 module.weight.data *= (0.25 if name.endswith("branch.2.2") else
                                        0.2 if name.endswith("reinject_features") else 1)
 
@@ -249,7 +249,8 @@ class StackedHourglass(nn.Module):
     def loss(self, outputs, batch, criterion):
         """outputs: what forward returned in training. Returns (total, main): the sum over all
         modules, as in the source, and the loss of the last module of the stack."""
-        (outputs, maps), labels = outputs, batch["labels"]
+        outputs, maps = outputs
+        labels = batch["labels"]
         losses = [criterion(logits, labels, levels=level)
                   for logits, (_, level) in zip(outputs, self.heads)]
         if self.joints == "none":

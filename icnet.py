@@ -1,8 +1,9 @@
 """ICNet, the image cascade network: cheap at high resolution, deep only at low resolution.
 
-Zhao, Qi, Shen, Shi & Jia, arXiv 1704.08545; layers as in hellochick/ICNet-tensorflow, which the
-paper trained (Section 3.2). Two branches look at the image at 1 and 1/2 of its size. The third, at
-1/4, continues the first layers of 1/2; it is deep, and cascade feature fusion (CFF) refines it:
+Zhao, Qi, Shen, Shi & Jia, arXiv 1704.08545 ("the source"). Layers as in
+hellochick/ICNet-tensorflow, which "the paper" trained (Borrego Carazo, 2018, Section 3.2). Two
+branches look at the image at 1 and 1/2 of its size. The third, at 1/4, continues the first layers
+of 1/2; it is deep, and cascade feature fusion (CFF) refines its output:
 
     1    -> high, to 1/8 ─────────────────────────────────────────────────┐
     1/2  -> conv1 conv2 conv3_1, to 1/16 ──────────────────┐              v
@@ -23,7 +24,7 @@ PYRAMID = (1, 2, 3, 6)  # cells along each side, Zhao et al., arXiv 1612.01105
 
 
 def resize(x, factor):
-    """(B, C, H, W) -> (B, C, H factor, W factor), bilinear; in float32, as bf16 is slow on CUDA."""
+    """Bilinear, (B, C, H, W) -> (B, C, factor * H, factor * W); float32: bf16 is slow on CUDA."""
     return F.interpolate(x.float(), scale_factor=factor, mode="bilinear").to(x.dtype)
 
 
@@ -55,13 +56,13 @@ class Bottleneck(nn.Module):
 
 
 def bottlenecks(count, c_in, c_mid, c_out, stride=1, dilation=1):
-    """`count` bottlenecks, the first of which changes the number of channels and the size."""
+    """`count` bottlenecks, the first of which sets the number of channels and the stride."""
     return nn.Sequential(Bottleneck(c_in, c_mid, c_out, stride, dilation), *(
         Bottleneck(c_out, c_mid, c_out, dilation=dilation) for _ in range(count - 1)))
 
 
 class PyramidPooling(nn.Module):
-    """Adds to each pixel the means of the cells around it, of each grid in PYRAMID => 1x1."""
+    """x plus its cell means on each grid of PYRAMID, enlarged again => 1x1 convolution."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -117,8 +118,8 @@ class ICNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)  # He et al., arXiv 1502.01852
             elif isinstance(module, Bottleneck):
-                # 16 blocks each add a branch; at 1/16 of the variance they add up to one. At full
-                # scale features grow 25-fold while batch normalisation is frozen (--bn-after).
+                # The last BN's scale: 16 branches of variance 1/16 add up to variance 1. At scale 1
+                # features grow 25-fold while batch normalisation is frozen (--bn-after).
                 nn.init.constant_(module.branch[-1][-1].weight, 16 ** -0.5)
         self.heads = [(self.head16, None), (self.head8, None), (self.head4, None)]
         for head, _ in self.heads:  # small weights, so that the biases decide: train.py sets them
@@ -128,7 +129,7 @@ class ICNet(nn.Module):
     def forward(self, images):
         H, W = images.shape[-2:]
         x = F.pad(images, (0, -W % 32, 0, -H % 32))           # any size, made a multiple of 32
-
+        # half, quarter and full are named after the size of their branch's image, not of the map.
         half = self.conv2(self.conv1(resize(x, 1 / 2)))       # (B, 128, H/8, W/8)
         half = self.conv3_1(half)                             # (B, 256, H/16, W/16)
         quarter = self.conv3_2(resize(half, 1 / 2))           # (B, 256, H/32, W/32)
@@ -138,7 +139,7 @@ class ICNet(nn.Module):
         fused16 = self.fuse16(resize(quarter, 2), half)       # (B, 128, H/16, W/16)
         fused8 = self.fuse8(resize(fused16, 2), full)         # (B, 128, H/8, W/8)
 
-        # A 1x1 convolution and a bilinear x2 commute. Classifying first leaves x2 K channels only.
+        # A 1x1 convolution and a bilinear x2 commute, and x2 costs less on K channels than on 128.
         logits4 = resize(self.head4(fused8).float(), 2)       # (B, K, H/4, W/4)
         if not self.training:
             return resize(logits4, 4)[..., :H, :W]            # (B, K, H, W)
@@ -147,7 +148,7 @@ class ICNet(nn.Module):
         return logits16, logits8, logits4
 
     def loss(self, outputs, batch, criterion):
-        """outputs: what forward returned in training. Returns (total, main), main that of 1/4."""
+        """outputs: of forward, in training. Returns (total, main), the latter at 1/4 alone."""
         losses = [criterion(logits, batch["labels"]) for logits in outputs]
         return sum(weight * loss for weight, loss in zip(self.head_weights, losses)), losses[-1]
 

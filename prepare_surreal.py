@@ -3,8 +3,8 @@
 The procedure of the paper (Borrego Carazo, 2018, Section 2.2) on SURREAL (arXiv 1701.01370): frames
 chosen by k-means on their 3D joints, stray head labels refilled, a square crop around the person.
 The paper takes one cluster of poses, as `--pick cluster` does; here every cluster gives the same
-number of frames, and no clip of val enters test. A broken clip or frame is left out, as skipped.csv
-tells. A stopped run goes on with the same command; classes.json is written last. The second half
+number of frames, and no clip of val enters test. skipped.csv lists broken clips and frames, which
+are left out. The same command continues a stopped run; classes.json comes last. The second half
 of this file renders a stand-in, in SURREAL's layout, for those who do not have SURREAL.
 """
 import argparse
@@ -126,9 +126,9 @@ def read_joints(path):
 
 
 def decode(path, times, length):
-    """Yields the images (H, W, 3) uint8 at the ascending times of a video of `length` frames. Label
-    t belongs to image t, so a frame that the decoder drops must be noticed: the t-th frame decoded
-    has to carry the t-th time stamp of the file."""
+    """Yields images (H, W, 3) uint8 of a video of `length` frames. times: their numbers, from 0 and
+    ascending. Label t belongs to image t, so a frame that the decoder drops must be noticed: the
+    t-th frame decoded has to carry the t-th time stamp of the file."""
     with av.open(str(path)) as container:
         decoder = container.streams.video[0].codec_context
         decoder.thread_count = 1                        # clips are decoded side by side already
@@ -176,7 +176,7 @@ def extract(out, size, margin, split, folder, clip, times):
 
 # ------ Which frames
 def read_poses(path):
-    """A clip's poses (T, 72) float32, the pelvis at 0, and why there are none."""
+    """A clip's poses (T, 72) float32, the pelvis at 0, and None or why there are none."""
     try:
         joints = read_joints(path)[:, :, 2:]
         return np.nan_to_num(joints - joints[:, :1]).clip(-9, 9).reshape(-1, 72), None
@@ -207,7 +207,7 @@ def pick(poses, wanted, how, clusters, rng):
 def choose(args):
     """The frames [(split, folder, clip, [t, ...])] to take from below RAW; rows of skipped.csv."""
     clips, skipped, found = [], [], {}
-    for split in ("val", "train", "test"):
+    for split in ("val", "train", "test"):          # val before test, which leaves its clips out
         run = Path(args.raw, split, f"run{args.run}")
         if not run.is_dir():
             raise Problem(f"there is no folder {run}: --raw is usually SURREAL/data/cmu")
@@ -353,7 +353,7 @@ BY_SEX = ("9 72 340 52 78 332 62 56 50, 0 90 -20 -10 100 -85 -10 96 96",
 
 def body_model(sex, shape):
     """Joint (C,) and geometry (C, 8) in metres of the capsules, the scales (24, 3) of each joint's
-    flesh along x, y, z, and the joints (24, 3) that follow. Body shape: ten coefficients with a
+    flesh along x, y, z, and the joints (24, 3) so scaled. Body shape: ten coefficients with a
     meaning each. SURREAL: principal components of the people scanned for CAESAR."""
     left = np.array([row.split() for row in f"{FLESH}, {BY_SEX[sex]}".split(",")], np.float32)
     right = left[left[:, 1] > 0] * np.float32((1, -1, 1, 1, -1, 1, 1, 1, 1))
@@ -399,7 +399,7 @@ HIGH = (400, 400, 80, 40, 30, 40, *(25, 60, 140) * 2, *(70, 35, 82, 0) * 2)
 
 def motion(rng, frames, joints):
     """Local and global rotations (T, 24, 3, 3) and places (T, 24, 3) of the joints in a movement:
-    the first of eight whose hands keep off the body. joints (24, 3): those of the T-pose."""
+    the first of eight draws whose arms keep off the body, or the last. joints: (24, 3), T-pose."""
     time = np.linspace(rng.uniform(0, .5), rng.uniform(.5, 1), frames)[:, None]
     for _ in range(8):
         row, keys = rng.choice(len(BODIES), p=BODIES[:, 0] / BODIES[:, 0].sum()), []
@@ -576,7 +576,7 @@ def background(rng, path):
     if path:
         picture = ImageOps.fit(Image.open(path).convert("RGB"), (WIDTH, HEIGHT))
         return np.asarray(picture, np.float32) / 255
-    # 1. S shapes, the largest first. Some recede to a vanishing point; others lie, stand or lean.
+    # 1. count (S) shapes, large first. Some recede to a vanishing point; others lie, stand or lean.
     width, count = int(WIDTH * rng.uniform(.8, 1.25)), int(np.exp(rng.uniform(2.5, 5)))
     frame = np.array((width, width * 3 // 4))           # enlarged it gets soft, reduced sharp
     size = np.sort(np.exp(-rng.uniform(0, 3.6, count)))[::-1] * width / 2
@@ -702,7 +702,7 @@ def make_clip(raw, split, i, seed, frames, picture):
 # ------ Command line
 def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
     """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
-    but for those that are there. Of the folder `backgrounds`, train takes eight in ten pictures."""
+    except those already there. Of the pictures in `backgrounds`, train gets eight in ten."""
     settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=backgrounds)
     check_settings(raw, raw / "settings.json", settings)
     pictures = [None] * 10 if not backgrounds else sorted(
@@ -711,10 +711,10 @@ def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
     if len(pictures) < 10:
         raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
     write_whole(raw / "settings.json", json.dumps(dict(settings=settings)).encode())
-    few, most = max(2, clips // 10), [p for i, p in enumerate(pictures) if i % 10 < 8]
+    tenth, for_train = max(2, clips // 10), [p for i, p in enumerate(pictures) if i % 10 < 8]
     jobs = []
-    for split, count, own in (("train", clips, most), ("val", few, pictures[8::10]),
-                              ("test", few, pictures[9::10])):
+    for split, count, own in (("train", clips, for_train), ("val", tenth, pictures[8::10]),
+                              ("test", tenth, pictures[9::10])):
         jobs += [(raw, split, i, seed, frames, own[i % len(own)]) for i in range(count)]
     list(in_parallel(make_clip, jobs, workers, "rendering the stand-in"))
 

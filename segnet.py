@@ -7,6 +7,7 @@ those pixels. So boundaries survive four or five halvings without any learned up
     images -> [conv BN ReLU, pool] x 4 -> [unpool, conv BN] x 4 -> 1x1 conv -> logits
     (B, 3, H, W)               └──────── indices ────────┘                  (B, K, H, W)
 
+"The source" is that article; "the paper" is the one rebuilt here (Borrego Carazo, 2018).
 variant "basic" is SegNet-Basic, which the paper trains (Section 3.3): 7x7 convolutions. "vgg16" is
 the full SegNet: VGG-16's 13 convolutions and their mirror image, 3x3, ReLU in both halves.
 Differs from the source: images are normalised by mean and standard deviation, not by local response
@@ -58,7 +59,7 @@ class SegNet(nn.Module):
         self.pool = nn.MaxPool2d(2, return_indices=True)
         kernel = {"basic": 1, "vgg16": 3}[variant]
         self.classifier = nn.Conv2d(C, num_classes, kernel, padding=kernel // 2)
-        self.heads = [(self.classifier, None)]  # None: all classes. train.py sets the first biases
+        self.heads = [(self.classifier, None)]  # None: no coarser classes; see Criterion.prior
         for name, parameter in self.named_parameters():
             if parameter.ndim == 4:
                 nn.init.kaiming_normal_(parameter)  # He et al., arXiv 1502.01852
@@ -70,14 +71,14 @@ class SegNet(nn.Module):
         x = F.pad(images, (0, -W % 32, 0, -H % 32))  # any size, made a multiple of 32
         all_indices = []
         for stage in self.encoder:
-            x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16)
+            x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16); vgg16: H/32
             all_indices.append(indices)
         for stage in self.decoder:
             x = stage(unpool(x, all_indices.pop()))    # (B, C, H/8, W/8) ... (B, C, H, W)
         return self.classifier(x)[..., :H, :W].float()
 
     def loss(self, outputs, batch, criterion):
-        """outputs: what forward returned in training. Returns (total, main): here, the same."""
+        """Returns (total, main): the loss to minimise and the one to show; here, the same."""
         loss = criterion(outputs, batch["labels"])
         return loss, loss
 

@@ -36,9 +36,9 @@ WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 def class_weights(counts, scheme):
     """Class weights (K,) float32 of the paper's Section 3.1.
     counts: (K,) float64, label pixels of each class in the train split, all above 0.
-    scheme: "w1" = 1 - C_i / sum(C), or "w2" = B exp(-(B - mean B) / (4 std B)) with B = max(C) / C
-    and the population std, scaled to max 1, without which SGD at 0.01 diverges. With W2 an error on
-    the background costs 1/350 of one on a toe in the paper's data.
+    scheme, with C = counts: "w1" = 1 - C / sum(C); "w2" = B exp(-(B - mean B) / (4 std B)), where
+    B = max(C) / C and std is the population's, divided by its maximum, since SGD at 0.01 diverges
+    otherwise. In the paper's data an error on the background costs 1/350 of one on a toe.
     """
     if scheme == "w1":
         return (1 - counts / counts.sum()).float()
@@ -50,7 +50,7 @@ def class_weights(counts, scheme):
 
 class Criterion:
     """Cross-entropy, plain or weighted: the mean over the pixels that count (label 255 does not).
-    Raises Problem for a weighting and a class without pixels, which would have no weight.
+    Raises Problem if a weighting is chosen and some class has no pixels to weight it by.
 
     outer:  mean of w[label] * CE(logits, label), not divided by the sum of w, as the paper has it
     direct: mean of CE(logits * w, label); such a network also predicts from logits * w
@@ -72,9 +72,9 @@ class Criterion:
         return pixels, class_weights(pixels, self.scheme) if self.form else None
 
     def prior(self, K, levels=None):
-        """(K,) biases with which softmax gives each class its share p of the train split's pixels:
-        log p, log(w p) under outer weights, log p / w under direct ones. Heads that start without
-        them learn p in some hundred steps (Lin et al., arXiv 1708.02002, Section 4.1)."""
+        """(K,) biases that minimise this loss if features say nothing; p is each class's share of
+        the train split's pixels: log p; outer: log(w p), normalised; direct: (log p) / w. Heads
+        without them first spend some hundred steps on p (Lin et al., arXiv 1708.02002, 4.1)."""
         pixels, weights = self.pixels_and_weights(K, levels)
         logs = torch.log((pixels + 1) / (pixels + 1).sum())     # + 1: no class is impossible
         if self.form == "direct":
@@ -99,7 +99,7 @@ class Criterion:
         return loss.sum(), (target != IGNORE).sum()
 
     def __call__(self, logits, labels, levels=None):
-        """The mean over all processes' pixels, times their number, since DDP averages gradients."""
+        """This process's sum * processes / all pixels: DDP averages it to the mean over all."""
         loss, count = self.totals(logits, labels, levels)
         if dist.is_initialized():
             dist.all_reduce(count)
@@ -110,7 +110,7 @@ class Criterion:
 # ---- Frames and augmentation: functions of (seed, step)
 
 def frame_order(frames, batch_size, seed, start, steps):
-    """Yields each step's list of frame indices: epochs in random order, joined, cut in batches."""
+    """Yields lists of indices below `frames` for range(start, steps): shuffled epochs, joined."""
     epoch = functools.lru_cache(2)(                         # a batch may need two epochs
         lambda number: np.random.default_rng([seed, 0, number]).permutation(frames))
     for step in range(start, steps):
@@ -144,14 +144,14 @@ def mirror_batch(images, labels, joints, chosen, classes, swap=True):
 
 
 def scale_batch(images, labels, joints, scale, place):
-    """Enlarges or shrinks each sample within its frame: images (B, 3, W, W) float32, bilinear;
-    labels (B, W, W) uint8, nearest; joints (B, J, 2) or None; by scale (B,). Outside are the mean
-    colour and 255. Pixel x goes to scale (x + 0.5) + t - 0.5, t = place (W - scale W)."""
+    """Scales normalised images (B, 3, W, W) bilinearly, labels (B, W, W) uint8 by nearest pixel and
+    joints (B, J, 2) or None. place (B, 2): 0 aligns left (upper) edges, 1 right (lower). Outside
+    are the mean colour and 255. Pixel x goes to scale * (x + 0.5) + offset - 0.5."""
     size = images.shape[-1]
-    offset = place * (size - scale[:, None] * size)         # t, (B, 2)
+    offset = place * (size - scale[:, None] * size)         # (B, 2), x then y
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-    theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1   # affine_grid: -1 to 1
+    theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1   # sides are -1 to 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     shifted = labels[:, None].float() - IGNORE      # grid_sample fills with 0, so 0 means ignore
@@ -180,7 +180,7 @@ def prepare_batch(batch, step, args, classes, rank=0, world=1):
 # ---- The loop
 
 def learning_rate(args, step):
-    """That of a step, by the recipe's schedule and after a linear rise over `warmup` steps."""
+    """The rate at a step: the recipe's schedule, times a linear rise over the first `warmup`."""
     rate = args.lr * min(1, (step + 1) / max(args.warmup, 1))
     if args.schedule == "poly":
         rate *= (1 - step / args.iterations) ** args.power
@@ -263,8 +263,8 @@ def train(args, run_dir, checkpoint=None):
     shares = (frames[rank::world] for frames in order)
     batches = evaluate.stream(training, shares, args.workers, device)
 
-    stop = []                                               # gets the first Ctrl-C or SIGTERM
-    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():    # several cannot agree
+    stop = []               # gets the first Ctrl-C or SIGTERM; the second one exits at once
+    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():    # ranks may stop apart
         signal.signal(number, lambda n, frame: sys.exit(128 + n) if stop else stop.append(n))
 
     # 5. The loop.
@@ -286,7 +286,7 @@ def train(args, run_dir, checkpoint=None):
                 group["lr"] = learning_rate(args, step)
             optimizer.step()
 
-            step += 1
+            step += 1                                       # from here on: the steps done
             bar.update()
             due = step % args.val_every == 0 or step == args.iterations
             if step % 10 and not due and not stop:          # main.item() would wait for the GPU
@@ -312,7 +312,7 @@ def train(args, run_dir, checkpoint=None):
 
 
 def validate(predict, measured, args):
-    """Figures of fixed frames of train and val, with the unweighted loss, which compares runs."""
+    """Figures of fixed frames of train and val, and the unweighted loss, the same for all runs."""
     predict.network.eval()
     unweighted, row = Criterion(predict.classes), {}
     for i, (name, split) in enumerate(zip(("train", "val"), measured)):
@@ -373,7 +373,7 @@ def read_data(args, rank):
 
 
 def start_from(network, path):
-    """Copies the tensors that fit by name and shape. Raises Problem where none does."""
+    """Copies the tensors that fit by name and shape. Raises Problem if no convolution fits."""
     checkpoint, _ = evaluate.load_checkpoint(evaluate.find_checkpoint(path))
     own = network.state_dict()
     taken = {name: value for name, value in checkpoint["weights"].items()
@@ -397,11 +397,11 @@ PUBLISHED = dict(
 
 
 def study(args, out):
-    """The paper's protocol as ordinary runs in `out`: normal or doubled; the better one augmented;
-    the better one of these with each weighting (SegNet: outer ones, Table 5); the best one for
-    longer, and on the test split. Finished runs are measured again, others are continued."""
+    """The paper's protocol as ordinary runs in `out`. ICNet, SegNet: normal or doubled; the better
+    one augmented; the better of these with each weighting (SegNet: outer, Table 5); the best for
+    longer. Hourglass: plain, coarse-to-fine, joints. Then the test split. Runs can be continued."""
     classes, training = read_data(args, 0)
-    Split(args.data, "test", classes)                       # what would fail after the last run
+    Split(args.data, "test", classes)                       # if it is missing, fail now
     runs, decisions, hourglass = {}, [], args.model == "hourglass"
 
     def run(name, **changes):
@@ -409,7 +409,7 @@ def study(args, out):
         own = dict(study=False, augment=["none"], resume="newest", final_iterations=0) | changes
         last = run_dir / "last.pt"
         checkpoint = evaluate.load_checkpoint(last)[0] if last.exists() else None
-        train(Namespace(**vars(args) | own), run_dir, checkpoint)       # no step, if it is finished
+        train(Namespace(**vars(args) | own), run_dir, checkpoint)       # a finished run: no steps
         figures = evaluate.measure(run_dir / "best.pt", args, "val", args.data)
         runs[name] = figures | dict(name=name, run_dir=run_dir, changes=changes)
         return runs[name]
@@ -440,7 +440,7 @@ def study(args, out):
                 best = better(best, run(f"{base['name']} + {weighting}", **base["changes"],
                                         weighting=weighting))
     longer = args.final_iterations or (args.iterations * 2 if args.quick else 90000)
-    if args.final_iterations or not hourglass:              # its best run is the last one
+    if args.final_iterations or not hourglass:              # its study has no longer run
         best = run(f"{best['name']}, long", **best["changes"], iterations=longer)
     test = evaluate.measure(best["run_dir"] / "best.pt", args, "test", args.data)
     published = PUBLISHED.get(args.model, {}).items()
@@ -469,7 +469,7 @@ QUICK = dict(
 DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
                 val_images=500, data="", init_from="", out="", resume="")   # if no recipe differs
 MAY_CHANGE = {*"workers device precision compile iterations out resume data".split()}  # --resume
-STUDIED = {"width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
+SET_BY_STUDY = {"width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
 
 
 def build_parser():
@@ -485,7 +485,7 @@ def build_parser():
     add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
     add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")
     add("--features", type=int, default=256, help="hourglass: channels of a module")
-    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 4 computes 1/16")
+    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 4 works at 1/4")
     add("--coarse-to-fine", action="store_true", help="hourglass: 2, 6, 12, then 25 classes")
     add("--joints", choices=("none", "surreal", "centroids"), default="none",
         help="hourglass: a training branch finds the data's joints or the centres of the parts")
@@ -511,20 +511,20 @@ def build_parser():
         help="continue a run (the newest); with --model and --out, start it where there is none")
     add("--quick", action="store_true", help="other defaults: some minutes on a laptop's CPU")
     add("--study", action="store_true", help="the paper's series of runs, in runs/<model>-study")
-    add("--final-iterations", type=int, default=0, help="of a study's last run; 0: as the paper")
+    add("--final-iterations", type=int, default=0, help="of a study: steps of its last run")
     return parser
 
 
 def parse(argv):
     """(options, run folder, checkpoint to continue or None). Raises Problem."""
     parser = build_parser()
-    typed, checkpoint = vars(parser.parse_args(argv)), None
+    typed, checkpoint = vars(parser.parse_args(argv)), None     # to learn the model; again below
     model, resume, study = typed.get("model"), typed.get("resume"), typed["study"]
     name = [Path(word.lstrip("-")).name for word in argv if word not in ("--model", "--resume")]
     run_dir = Path(typed.get("out", f"runs/{model}-study" if study else f"runs/{'-'.join(name)}"))
     if resume and not study:
-        newest = run_dir if model or "out" in typed else "runs"
-        run_dir = Path(newest if resume == "newest" else resume)
+        searched = run_dir if model or "out" in typed else "runs"
+        run_dir = Path(searched if resume == "newest" else resume)
         if not model or run_dir.is_file() or (run_dir / "last.pt").is_file():
             path = evaluate.find_checkpoint(run_dir, "last.pt")
             checkpoint, run_dir = evaluate.load_checkpoint(path)[0], path.parent
@@ -536,10 +536,10 @@ def parse(argv):
 
     own = inspect.signature(MODELS[model]).parameters.keys()
     others = set().union(*(inspect.signature(kind).parameters for kind in MODELS.values())) - own
-    for option in others & typed.keys() | (STUDIED if study else set()):
+    for option in (others & typed.keys()) | (SET_BY_STUDY if study else set()):
         if typed[option] != parser.get_default(option):
             raise Problem(f"--{option.replace('_', '-')} is no option of {model}"
-                          f"{' --study' * study}: leave it out")
+                          f"{' --study' if study else ''}: leave it out")
     if typed["double_filters"] and typed["width"] != 1:
         raise Problem("--double-filters is --width 2: give one of the two")
     if checkpoint:
@@ -549,12 +549,12 @@ def parse(argv):
         parser.set_defaults(**DEFAULTS | MODELS[model].recipe | quick)
         if quick:
             print("--quick:", quick, "where no option says otherwise")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)                          # now with that model's defaults
     args.augment = args.augment or ["mirror", "scale"]
     if args.double_filters and not checkpoint:
         args.width *= 2
     if min(args.batch_size, args.val_every, args.val_images, args.size + 1, args.workers + 1) < 1:
-        raise Problem("--batch-size, --val-every and --val-images start at 1, --workers at 0")
+        raise Problem("--batch-size, --val-every, --val-images start at 1, --size, --workers at 0")
     if args.size % 32:
         raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
     if (args.coarse_to_fine or study and model == "hourglass") and args.stacks == 1:
