@@ -71,7 +71,7 @@ class SegNet(nn.Module):
         x = F.pad(images, (0, -W % 32, 0, -H % 32))  # any size, made a multiple of 32
         all_indices = []
         for stage in self.encoder:
-            x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16); vgg16: H/32
+            x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16)
             all_indices.append(indices)
         for stage in self.decoder:
             x = stage(unpool(x, all_indices.pop()))    # (B, C, H/8, W/8) ... (B, C, H, W)
