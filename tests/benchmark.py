@@ -1,6 +1,6 @@
 """Measures what the README's section "Speed" says. Run by a person; pytest does not collect it.
 
-    python tests/benchmark.py [networks] [data] [prepare]     none: all three, some ten minutes
+    python tests/benchmark.py [networks] [prepare]     none: both, some ten minutes
 
 What is compared takes turns in one process, since the speed of a shared machine drifts. On a GPU
 batches are the paper's, and the card's own rate of bf16 matrix products is the measure.
@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +27,7 @@ SIZE = 320
 NETWORKS = [    # name, options, batch on a CPU; None: only a GPU is fast enough
     ("icnet", {}, 8), ("icnet", dict(width=2), 8), ("segnet", {}, 2), ("segnet", dict(width=2), 1),
     ("hourglass", dict(stem_stride=4), 2), ("hourglass", {}, None)]
-CLASSES = dict(names=list(range(25)), pixels=[1] * 25, mean=[0.5] * 3, std=[0.25] * 3,
-               mirror=list(range(25)))
+CLASSES = dict(names=list(range(25)), pixels=[1] * 25, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def side_by_side(ways, seconds=4):
@@ -113,27 +111,6 @@ def networks(options):
           f"channels last{', compiled' * options.compile}), {where}\n\n{evaluate.markdown(rows)}")
 
 
-# ---- The data
-
-def data(options):
-    """Images/s of reading, by one process, and of augmentation."""
-    (device, precision), sixteen, rows = evaluate.pick_device(), range(16), [["step", "images/s"]]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = tiny.write_prepared(Path(folder) / "bars", 64, SIZE, ("train",))
-        classes = evaluate.read_classes(folder, count=True)
-        split = evaluate.Split(folder, "train", classes, labels_at_size=True)
-        files = [paths[split.frames[i]] for i in sixteen for paths in (split.images, split.labels)]
-        ways = {"read by Pillow alone": lambda: [Image.open(file).load() for file in files],
-                "read, by one process": lambda: split[sixteen]}
-        batch = {key: value.to(device) for key, value in split[sixteen].items()}
-        for augment in ([], ["mirror"], ["mirror", "scale"]):
-            args = argparse.Namespace(seed=0, batch_size=16, augment=augment, joints="none")
-            ways[" and ".join(["normalised", *augment]) + f", {device.type}"] = lambda args=args: (
-                train.prepare_batch(batch, 0, args, classes)[0][0, 0, 0, 0].item())
-        rows += [[name, f"{16 / value:.0f}"] for name, value in side_by_side(ways, 10).items()]
-    print(f"\n### Data, {classes['size']}x{classes['size']}\n\n{evaluate.markdown(rows)}")
-
-
 # ---- Preparation, by the command line of prepare_surreal.py
 
 POSES = """
@@ -175,7 +152,7 @@ def prepare(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("parts", nargs="*", default="networks data prepare".split(), help="which")
+    parser.add_argument("parts", nargs="*", default=["networks", "prepare"], help="which")
     parser.add_argument("--only", default="", help="networks whose name has these letters")
     parser.add_argument("--compile", action="store_true", help="networks: ours with torch.compile")
     parser.add_argument("--workers", type=int, default=2, help="prepare: processes")

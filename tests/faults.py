@@ -164,25 +164,8 @@ def options(place, data, rng):
                   accepted or status == 2, f"{argv}: {status} {errors}")
 
 
-def preparation(place, data, rng):
-    finish(spawn(["--synthesize", "--out", place / "a", "--clips", "6"], "prepare_surreal.py"))
-    trees = []
-    for workers, times in ((0, 0), (2, 0), (1, 4)):
-        out = place / str(workers)
-        argv = ["--raw", place / "a-raw", "--out", out, "--size", "128", "--workers", workers]
-        for _ in range(times):
-            process = spawn(argv, "prepare_surreal.py")
-            time.sleep(1 + 3 * rng.random())
-            os.killpg(process.pid, signal.SIGKILL)
-            finish(process)
-        status, errors = finish(spawn(argv, "prepare_surreal.py"))
-        trees.append({file.relative_to(out): file.read_bytes() for file in out.rglob("*.[jnp]*")})
-        tally("preparing: the same files for any --workers, killed or not",
-              status == 0 and len(trees[-1]) > 9 and trees[-1] == trees[0], f"{workers} {errors}")
-
-
 if __name__ == "__main__":
-    for part in (kills, disks, checkpoints, options, preparation):
+    for part in (kills, disks, checkpoints, options):
         if part.__name__ in sys.argv[1:] or not sys.argv[1:]:
             began = time.time()
             with tempfile.TemporaryDirectory() as folder:

@@ -58,14 +58,15 @@ def command(capsys, *argv):
 
 @pytest.mark.parametrize("model, batch, optimizer, arguments, decay, iterations, rates", [
     ("icnet", 64, "SGD", {"momentum": 0.9}, 1e-4, 40000,
-     {0: 0.01, 20000: 0.01 * 0.5 ** 0.9, 39999: 0.01 * 40000 ** -0.9}),
-    ("segnet", 32, "Adam", {}, 0, 40000, {0: 0.01, 20000: 0.01, 39999: 0.01}),
+     {0: 0.0025, 20000: 0.01 * 0.5 ** 0.9, 39999: 0.01 * 40000 ** -0.9}),
+    ("segnet", 32, "Adam", {}, 0, 40000, {0: 0.0025, 20000: 0.01, 39999: 0.01}),
     ("hourglass", 3, "RMSprop", {}, 0, 150000,
-     {0: 2.5e-4, 1999: 2.5e-4, 2000: 2.4e-4, 3999: 2.4e-4, 4000: 2.304e-4})])
+     {1: 1.25e-4, 1999: 2.5e-4, 2000: 2.4e-4, 3999: 2.4e-4, 4000: 2.304e-4})])
 def test_recipes_are_the_papers(model, batch, optimizer, arguments, decay, iterations, rates):
-    args = train.parse(["--model", model])[0]
+    args = train.parse(["--model", model, "--double-filters"])[0]
+    args.warmup = 4
     assert (args.batch_size, args.optimizer, args.optimizer_args) == (batch, optimizer, arguments)
-    assert (args.weight_decay, args.iterations) == (decay, iterations)
+    assert (args.weight_decay, args.iterations, args.width) == (decay, iterations, 2)
     assert {step: train.learning_rate(args, step) for step in rates} == pytest.approx(rates)
 
 
@@ -169,7 +170,7 @@ def test_results_do_not_depend_on_batches_or_workers(data, run):
 # ---- Prepared data
 
 def test_split_loads_what_is_stored(data):
-    classes = read_classes(data)
+    classes = read_classes(data) | dict(mean=[0.1, 0.2, 0.3])
     split = Split(data, "val", classes)
     batch, frame = split[[1, 0]], split.frames[1]
     assert split.clips == [f"val_c{clip:04d}" for clip in (1, 1, 1, 2, 2, 2, 3)]
@@ -178,7 +179,7 @@ def test_split_loads_what_is_stored(data):
     assert (batch["images"][0].permute(1, 2, 0).numpy() == stored).all()
     assert (batch["labels"][0].numpy() == label).all()
     normalised = evaluate.normalise(batch["images"], classes)[0].permute(1, 2, 0)
-    assert np.allclose(normalised, (stored / 255 - 0.3) / 0.25, atol=1e-5)
+    assert np.allclose(normalised, (stored / 255 - classes["mean"]) / 0.25, atol=1e-5)
     joints = np.load(data / "val" / "joints.npz")["joints"][1]
     assert np.array_equal(batch["joints"][0], joints, equal_nan=True)
     small = Split(data, "val", classes, 32)[[1]]        # labels stay as large as they were prepared
@@ -254,6 +255,7 @@ def test_networks_are_measured_and_compared(run, data, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     weights = [0.1 + index % 3 for index in range(5)]       # of a network with direct weighting
     other = save(tmp_path / "runs" / "second" / "last.pt", data, 1, weights)
+    os.utime(save(tmp_path / "runs" / "old" / "best.pt", data, 2), (1, 1))
     os.utime(other, (4e9, 4e9))         # without a path, the newest best.pt is measured anyway
     split, expected = Split(data, "test", read_classes(data)), []
     for path in (run, other):
@@ -273,17 +275,22 @@ def test_networks_are_measured_and_compared(run, data, tmp_path, capsys, monkeyp
     assert min(Image.open(run.parent / "test" / "examples.png").size) > 300
 
 
-def test_pictures_of_all_kinds(run, tmp_path, capsys):
+def test_pictures_of_all_kinds(run, tmp_path, capsys, monkeypatch):
     folder, out = tmp_path, tmp_path / "out"
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
     image.save(folder / "a.JPG", exif=TURNED)
     image.convert("RGBA").save(folder / "a.png")
-    image.convert("P").resize((9, 60)).save(folder / "thin.png", transparency=3)
+    image.convert("P").resize((18, 2048)).save(folder / "thin.png", transparency=3)
     (folder / "bad.jpg").write_bytes((folder / "a.JPG").read_bytes()[:800])
+    shapes, real = [], evaluate.normalise
+    monkeypatch.setattr(evaluate, "normalise", lambda x, c: shapes.append(x.shape) or real(x, c))
     status, printed, _ = command(capsys, "--ckpt", run, "--out", out, "--images", folder, "no.png")
     assert status == 1 and all(f"{name} is no" in printed for name in ("bad.jpg", "no.png"))
     labels = [Image.open(path) for path in sorted(out.glob("*-labels.png"))]
-    assert [image.size for image in labels] == [(30, 50), (50, 30), (9, 60)]
+    assert [image.size for image in labels] == [(30, 50), (50, 30), (18, 2048)]
+    ids, palette = np.array(labels[2]), sum(tiny.PALETTE[:5], ())
+    assert (ids[::2] == ids[1::2]).all() and (*labels[0].getpalette()[:15],) == palette
+    assert [(*shape[2:],) for shape in shapes] == [(64, 38), (38, 64), (64, 1)]     # not squeezed
     assert all(image.mode == "P" for image in labels) and len(list(out.glob("*-overlay.png"))) == 3
 
 

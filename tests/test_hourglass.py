@@ -62,7 +62,7 @@ def test_stages_and_their_totals(options, millions, gmac, bottleneck, capsys):
 @pytest.mark.parametrize("stride", (1, 2, 4))
 @pytest.mark.parametrize("size", ((64, 64), (37, 50), (1, 33)))
 def test_evaluation_takes_any_size(stride, size):
-    model = build(stem_stride=stride).eval()
+    model = build(stem_stride=stride, coarse_to_fine=True).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randn(2, 3, *size))
     assert logits.shape == (2, 25, *size) and logits.dtype == torch.float32
@@ -97,6 +97,7 @@ def test_enlarging_is_bilinear_and_each_module_corrects_the_one_before():
     prediction, following = stage(x)
     following = following - x - stage.reinject_prediction(prediction)
     torch.testing.assert_close(following, stage.reinject_features(stage.features(x)))
+    assert following.std() < 2 and stage.features[0](x).std() < 9    # x: 1; drawn small
     for block in stage.modules():   # without residuals a spike adds 1 to its cell at every size
         if isinstance(block, hourglass.Residual):
             block.forward = lambda x: x
@@ -197,4 +198,4 @@ def test_it_learns_one_batch_and_bf16_agrees(kind):
         history.append([total.item(), main.item()])
     assert history[-1][1] < 0.2 * history[0][1]
     extra = [total - main for total, main in (history[0], history[-1])]     # the branch's, mostly
-    assert extra[1] < 0.5 * extra[0]
+    assert extra[1] < 0.5 * extra[0] < 7

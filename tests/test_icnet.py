@@ -39,9 +39,8 @@ def test_stages_and_their_totals(width, millions, gmac, capsys):
 @pytest.mark.parametrize("frozen", (False, True))
 def test_every_parameter_gets_a_gradient(width, frozen):
     model = build(5, width, frozen)
-    outputs = model(torch.randn(2, 3, 64, 96))
     batch = {"labels": torch.randint(5, (2, 64, 96), dtype=torch.uint8)}
-    model.loss(outputs, batch, tiny.criterion)[0].backward()
+    model.loss(model(torch.randn(2, 3, 64, 96)), batch, tiny.criterion)[0].backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -54,6 +53,8 @@ def test_layers_are_the_sources():
                  if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)}
     assert dilations == {(stage, 1, 1) for stage in ("conv1", "conv2", "conv3_1", "conv3_2", "high")
                          } | {("conv4", 2, 2), ("conv5", 4, 4), ("fuse16", 2, 2), ("fuse8", 2, 2)}
+    fused = model.fuse16(*torch.randn(2, 1, 26, 9, 9))
+    assert model.conv2(torch.randn(1, 6, 9, 9)).min() == fused.min() == 0       # after a ReLU
     assert {(norm.momentum, norm.eps) for norm in norms(model)} == {(0.05, 1e-5)}
 
 
@@ -93,6 +94,7 @@ def test_evaluation_takes_any_size_and_needs_no_auxiliary_head(H, W):
     assert {name.split(".")[0] for name in missing} == {"head16", "head8"}
     other.head16 = other.head8 = None                       # computing them would fail
     padded = other(F.pad(images, (0, -W % 32, 0, -H % 32)))
+    assert (padded[..., 2] != padded[..., 3]).any()
     torch.testing.assert_close(model(images), padded[..., :H, :W])
 
 

@@ -155,7 +155,9 @@ def test_a_broken_clip_or_frame_costs_that_alone_and_has_its_reason(prepared):
         "classes.json", "preview.png", "skipped.csv", "test", "train", "val"]
 
 
-def test_image_labels_and_joints_of_a_frame_belong_together(prepared):
+def test_image_labels_and_joints_of_a_frame_belong_together(raw, prepared):
+    poses, _ = prepare.read_poses(raw / "train/run0/01_01/01_01_c0001_info.mat")
+    assert poses.shape == (12, 72) and not poses[:, :3].any()
     for split, clip, t in [("train", "01_01_c0001", t) for t in range(12)] + [
             ("train", "ung_90_10_c0001", 0), ("val", "02_01_c0001", 3)]:
         image, labels, joints = load(prepared, split, f"{clip}_{t + 1:03d}")
@@ -187,7 +189,8 @@ def test_classes_json_describes_the_folder(prepared):
     assert classes["size"] == 64 and classes["source"].startswith("SURREAL")
     label = Image.open(prepared / "train" / "labels" / "01_01_c0001_001.png")
     assert label.mode == "P" and label.getpalette()[:75] == sum(classes["palette"], [])
-    assert Image.open(prepared / "preview.png").height == 320
+    above, below = np.split(np.asarray(Image.open(prepared / "preview.png")), (160,))
+    assert len(below) == 160 and above.std() > 0 and (above != below).any()
 
 
 def test_a_folder_is_never_overwritten(raw, prepared, tmp_path, capsys):
@@ -282,6 +285,8 @@ def test_padding_is_the_mean_colour_and_the_ignored_label():
     labels[0:220, 100:200] = 1
     joints = np.full((24, 2), (18, -22), np.float32)    # the corner of the crop, whose side is 264
     cropped, label, moved = map(np.asarray, prepare.crop_frame(image, labels, joints, 264, 0.1))
+    noise = np.random.default_rng(0).integers(0, 256, image.shape).astype(np.uint8)
+    assert np.std(prepare.crop_frame(noise, labels, joints, 66, 0.1)[0]) < 40      # averaged
     outside = np.r_[0:22, 262:264]
     assert (cropped[outside] == (100, 50, 25)).all() and (label[outside] == 255).all()
     assert np.array_equal(cropped[22:262], image[:, 18:282])

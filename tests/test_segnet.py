@@ -62,8 +62,8 @@ def test_evaluation_takes_any_size(H, W):
         assert padded.shape[1] == 7 and padded.dtype == torch.float32
 
 
-@pytest.mark.parametrize("variant, agreement", [("basic", 0.95), ("vgg16", 0.7)])
-def test_it_learns_one_batch_and_bf16_agrees(variant, agreement):
+@pytest.mark.parametrize("variant, agreement, relus", [("basic", 0.95, 4), ("vgg16", 0.7, 25)])
+def test_it_learns_one_batch_and_bf16_agrees(variant, agreement, relus):
     """Rounding to bf16 moves maxima to other places through 13 layers: agreement of 0.86."""
     torch.manual_seed(0)
     model, images = SegNet(4, 0.25, variant=variant), torch.randn(2, 3, 32, 32)
@@ -81,5 +81,6 @@ def test_it_learns_one_batch_and_bf16_agrees(variant, agreement):
         losses.append(total.item())
         optimizer.step()
     assert losses[0] > 1 and losses[-1] < 0.1 and levels is None
+    assert [*map(type, model.modules())].count(torch.nn.ReLU) == relus
     head.weight.data.zero_()
     assert (model(images) == head.bias.view(-1, 1, 1)).all()

@@ -2,6 +2,7 @@
 runs through the command line, among them killed ones that have to end like undisturbed ones."""
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,8 +100,8 @@ def test_labels_shrink_by_cell_centres_and_coarser_ids_add_up_pixels_before_the_
     fine = train.Criterion({"pixels": [700, 200, 60, 40], "names": list("abcd")}, "w2-outer")
     coarse = train.Criterion({"pixels": [700, 300], "names": list("ab")}, "w2-outer")
     logits, levels = torch.randn(1, 2, 2, 2).requires_grad_(), torch.tensor([0, 1, 1, 1])
-    labels = torch.zeros(1, 6, 6, dtype=torch.uint8)
-    labels[0, 1::3, 1::3] = torch.tensor([[0, 1], [3, IGNORE]])     # the centres of 3x3 cells
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels[0, 2::4, 2::4] = torch.tensor([[0, 1], [3, IGNORE]])     # next to 4x4 cells' centres
     merged = torch.tensor([[[0, 1], [1, IGNORE]]], dtype=torch.uint8)
     assert torch.isclose(fine(logits, labels, levels), coarse(logits, merged))
     nothing = fine(logits, torch.full_like(labels, IGNORE), levels)
@@ -125,6 +126,7 @@ def test_heads_start_at_the_prior(data, tmp_path, monkeypatch, model, weighting,
         expected = (C + 1) * (w if form == "outer" else 1)
         bias = load(tmp_path / "run")["weights"][f"{head}.bias"].double().numpy()
         found = np.exp(bias * w if form == "direct" else bias)
+        assert (load(tmp_path / "run")["logit_weights"] is None) == (form != "direct")
         assert found / found.sum() == pytest.approx(expected / expected.sum(), rel=1e-3)
 
 
@@ -191,15 +193,18 @@ def plain(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flag", """--weighting w1-outer, --weighting w1-direct, --lr 0.5, --seed 5,
+    --lr 0 --bn-after 2, --lr 0 --bn-after 2 --seed 5,
     --weighting w2-outer, --weighting w2-direct, --augment mirror, --augment scale, --size 96,
     --augment naive-mirror, --bn-after 2, --batch-size 3, --precision bf16, --variant vgg16,
     --width 0.5, --coarse-to-fine, --joints surreal --joints-from 1, --stem-stride 2,
     --joints centroids --joints-from 1, --checkpoint-activations""".split(","))
 def test_every_flag_changes_what_is_learned(data, plain, tmp_path, flag):
     model = "hourglass" if flag.strip().startswith(("--c", "--j", "--st")) else "segnet"
-    assert train.start(command(data, tmp_path / "run", *flag.split(), model=model)) == 0
-    one, other = (load(run)["weights"] for run in (plain / model, tmp_path / "run"))
-    assert one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one)
+    run = plain / flag.strip()                              # which no other run equals
+    assert train.start(command(data, run, *flag.split(), model=model)) == 0
+    one, *others = (load(path)["weights"] for path in [run, *{*plain.iterdir()} - {run}])
+    for other in others:
+        assert one.keys() != other.keys() or any(not one[key].equal(other[key]) for key in one)
 
 
 def test_frozen_batch_normalisation_stays_as_it_was_drawn(data, tmp_path):
@@ -215,15 +220,20 @@ def test_frozen_batch_normalisation_stays_as_it_was_drawn(data, tmp_path):
 
 def test_a_row_is_the_figures_of_the_saved_network_on_unaugmented_frames(data, tmp_path):
     argv = command(data, tmp_path / "run", "--weighting", "w2-direct", "--augment", "--val-images",
-                   "99", iterations=8)
+                   "7", "--size", "32", iterations=8)
     assert train.start(argv) == 0
     row, args = load(tmp_path / "run")["rows"][-1], argparse.Namespace(
         device="cpu", precision="fp32", batch_size=5, workers=0)
-    run = evaluate.measure(tmp_path / "run" / "last.pt", args, "val")
-    figures, unweighted = evaluate.scores(run["confusions"].sum(0)), train.Criterion(run["classes"])
-    loss = evaluate.evaluate_split(run["predict"], run["split"], 5, 0, None, unweighted)[1]
-    assert row["val_miou"] == pytest.approx(figures["miou"], abs=1e-6)
-    assert row["val_loss"] == pytest.approx(loss, rel=1e-4) and run["predict"].logit_weights
+    for i, name in enumerate(("train", "val")):
+        run = evaluate.measure(tmp_path / "run" / "last.pt", args, name)
+        chosen = sorted(np.random.default_rng([2, i]).permutation(12)[:7])
+        confusions, loss = evaluate.evaluate_split(
+            run["predict"], run["split"], 5, 0, chosen, train.Criterion(run["classes"]))
+        miou = evaluate.scores(run["confusions"][chosen].sum(0))["miou"]
+        assert row[f"{name}_miou"] == pytest.approx(miou, abs=1e-6) and torch.equal(
+            confusions, run["confusions"][chosen])
+        assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-4) and run["predict"].logit_weights
+    assert run["predict"].settings["augment"] == ["mirror", "scale"]
     assert (tmp_path / "run" / "log.csv").read_text().count("\n") == 5
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
 
@@ -262,6 +272,9 @@ def test_best_has_the_highest_miou_and_nan_stays_out(data, tmp_path, capsys, mon
         kept = load(tmp_path / "run", name)
         assert (kept["step"], kept["best_miou"]) == (step, 0.3)
         assert all(value.isfinite().all() for value in kept["weights"].values())
+    losses, rows = iter([1] * 9), iter([(0.2, 3)])
+    train.start(["--resume", str(tmp_path / "run")])        # still knows the best
+    assert load(tmp_path / "run", "best.pt")["step"] == 4
 
 
 def test_one_command_starts_a_run_and_continues_it(data, tmp_path, monkeypatch):
@@ -278,8 +291,9 @@ def test_weight_decay_acts_on_convolution_kernels_alone(data, tmp_path):
     checkpoint = load(tmp_path / "run")
     kernels = [value.ndim == 4 for name, value in checkpoint["weights"].items()
                if name.endswith(("weight", "bias"))]
-    assert {group["weight_decay"]: len(group["params"]) for group in checkpoint["optimizer"][
-        "param_groups"]} == {1e-4: sum(kernels), 0: len(kernels) - sum(kernels)}
+    groups, rate = checkpoint["optimizer"]["param_groups"], 0.01 * 0.5 ** 0.9      # of step 1 of 2
+    assert [(group["weight_decay"], group["lr"], len(group["params"])) for group in groups] == [
+        (1e-4, rate, sum(kernels)), (0, rate, len(kernels) - sum(kernels))]
 
 
 def test_resume_refuses_other_settings_and_damaged_files(data, plain, tmp_path, capsys):
@@ -371,5 +385,11 @@ def test_a_further_network_and_the_study_on_data_of_ones_own(tmp_path, monkeypat
     argv = ["--model", "segnet", "--study", "--iterations", "2", "--batch-size", "2", *own]
     assert train.start(argv) == 0
     report = Path("runs/segnet-study/report.md").read_text()
-    assert all(words in report for words in ("39.17", "54.49", "augmentation", "w1-outer", "long"))
+    assert all(words in report for words in ("39.17", "own/test", "w1-outer", "long"))
     assert len(list(Path("runs/segnet-study").glob("*/last.pt"))) == 6 and train.start(argv) == 0
+    runs = {path.name: load(path) for path in Path("runs/segnet-study").glob("*-*")}
+    for name, run in runs.items():
+        assert ("augm" in name) == (run["settings"]["augment"] == ["mirror", "scale"])
+        assert run["step"] == (3 if name.endswith("long") else 2)
+    for one, other, points, best in re.findall(r"- (.*) against (.*?): (\S+).*\*(.+)\*\*", report):
+        assert best == (one if float(points) > 0 else other)
