@@ -256,6 +256,7 @@ def picture(text):
     (3 * "HHHHHHHHHHHHHHHH " + "." * 16 + 2 * " cccccppppppppppp" + 3 * " ccccHHHppppppppp"
      + " cccccppppppppppp",                                             # from the border inward
      3 * "HHHHHHHHHHHHHHHH " + "." * 16 + 6 * " cccccppppppppppp"),
+    ("HHHHHH. ppppppp pcppppp cHppppp pcppppp", "HHHHHH. ppppppp pcppppp cpppppp pcppppp"),
     ("HHHHHH. ccccccH", "HHHHHH. ccccccH")])                            # 8-connected
 def test_stray_head_pixels_are_refilled_by_hand(before, after):
     assert np.array_equal(prepare.repair_head(picture(before)), picture(after))
@@ -333,6 +334,8 @@ def test_rendered_files_are_surreals_and_the_same_for_any_workers(standin, tmp_p
     info = loadmat(next(standin[1].glob("val/run0/*/*_info.mat")))
     assert {name: info[name].shape for name in shapes} == shapes
     assert info["pose"].dtype == np.float32 and (info["joints2D"] % 1 == 0).all()
+    left, right = info["pose"].reshape(24, 3, 4)[18:20, 1]              # elbows bend forwards
+    assert (left <= 0).all() and (right >= 0).all() and (left < right).any()
 
 
 def test_rendered_joints_lie_on_their_parts_images_are_mirrored_and_heads_stray(standin):
