@@ -140,8 +140,8 @@ def read_classes(data, count=False):
         stored = json.loads(path.read_bytes())
         K = len(stored["names"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Problem(f"{data} is missing or unfinished. prepare_surreal.py makes such a folder; "
-                      f'your own needs a {path} of {{"names": ["background", ...]}}') from error
+        raise Problem(f"{data} is missing or unfinished: name other --data, run prepare_surreal.py "
+                      f'or write your own {path}: {{"names": ["background", ...]}}') from error
     palette = colormaps["nipy_spectral"](np.linspace(0, 0.95, K), bytes=True)[:, :3].tolist()
     classes = dict(palette=palette, mirror=list(range(K)), groups={}, joint_mirror=None, size=None,
                    source=f"own data, {data}", settings={}) | stored
@@ -347,8 +347,8 @@ def pick_device(name="auto", precision="auto"):
     """(torch.device, "fp32" or "bf16"). auto: CUDA, and bf16, where the hardware has them."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.zeros(1, dtype=torch.double, device=best if name == "auto" else name).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # MPS has no float64
         raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
     able = torch.cpu.get_capabilities()
     fast = able.get("avx512_bf16") or able.get("amx_bf16")      # elsewhere bf16 would be slower
@@ -357,11 +357,11 @@ def pick_device(name="auto", precision="auto"):
     return device, precision if precision != "auto" else "bf16" if fast else "fp32"
 
 
-def find_checkpoint(path="runs", name="best.pt"):
+def find_checkpoint(path, name="best.pt"):
     """The file `path`, or the newest `name` in that folder. Raises Problem for none."""
     found = [Path(path)] if Path(path).is_file() else list(Path(path).rglob(name))
     if not found:
-        raise Problem(f"there is no checkpoint {path}: train one (python train.py --help)")
+        raise Problem(f"there is no checkpoint {path} or {name} in it: train one (train.py --help)")
     return max(found, key=os.path.getmtime)
 
 
@@ -456,7 +456,7 @@ def segment(path, args):
         prediction = predict(pixels, shown.size[::-1])[0][0].cpu().numpy()
         photo, coloured = np.asarray(shown), colours(prediction, palette)
         overlay = np.where(prediction[..., None] > 0, photo // 3 + coloured // 3 * 2, photo)
-        result = out / "-".join(file.parts[-2:])            # two folders can have a 1.jpg each
+        result = out / "-".join(file.parts[-2:]).lstrip("./-")  # two folders can have a 1.jpg
         draw_grid(f"{result}-overlay.png", [("", [photo, overlay], ["", ""])], predict.classes,
                   np.unique(prediction))
         labels = Image.fromarray(prediction.astype(np.uint8)).resize(image.size, Image.NEAREST)
@@ -470,7 +470,7 @@ def main(argv=None):
     """Returns the exit status, or raises what run_command explains."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--ckpt", nargs="*", default=["runs"], metavar="PATH",
+    add("--ckpt", nargs="*", default=[], metavar="PATH",
         help="checkpoints, several are compared; of a folder, its newest best.pt is taken")
     add("--images", nargs="+", type=Path, metavar="PATH", help="pictures or folders to segment")
     add("--data", metavar="DIR", help="prepared folder, if not the one trained on")

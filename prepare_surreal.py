@@ -706,7 +706,7 @@ def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
     settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=backgrounds)
     check_settings(raw, raw / "settings.json", settings)
     pictures = [None] * 10 if not backgrounds else sorted(
-        path for path in Path(backgrounds).rglob("*")
+        path for path in Path(backgrounds).rglob("[!.]*")
         if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if len(pictures) < 10:
         raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
@@ -753,8 +753,8 @@ def main(argv=None):
         if not args.synthesize and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --synthesize")
     counts = args.train, args.val, args.test, args.clusters, args.size, args.clips, args.frames
-    if min(*counts, args.workers + 1, args.seed + 1) < 1:
-        parser.error("frames, clusters, pixels and clips are at least 1, --workers and --seed 0")
+    if min(*counts, args.workers + 1, args.seed + 1, args.margin >= 0) < 1:
+        parser.error("counts are at least 1, --workers, --seed and --margin at least 0")
     args.raw = args.raw or f"{args.out}-raw"
     done, parts = args.out / "classes.json", args.out / ".parts"
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}

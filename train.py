@@ -227,8 +227,8 @@ def train(args, run_dir, checkpoint=None):
     # 4. Where the run stands. last.pt is the run: nothing else is needed to continue it.
     start, best, rows = 0, -1.0, []
     if checkpoint:
-        if checkpoint["classes"]["names"] != classes["names"]:
-            raise Problem(f"{args.data} has other classes than {run_dir}")
+        if any(checkpoint["classes"][key] != classes[key] for key in ("names", "size", "pixels")):
+            raise Problem(f"{args.data} has other classes or frames than the data of {run_dir}")
         changed = ", ".join(f"{name} {value}" for name, value in checkpoint["settings"].items()
                             if name not in MAY_CHANGE and value != vars(args).get(name))
         if changed:
@@ -306,7 +306,7 @@ def train(args, run_dir, checkpoint=None):
                 save("last.pt", step)
             bar.set_postfix_str(f"loss {main.item():.3f}, best mIoU {percent(max(best, 0))} %")
             if stop:
-                print(f"Stopped at step {step}. To continue: python train.py --resume {run_dir}")
+                print(f"Stopped at step {step}: --resume {run_dir} goes on (a study: its command)")
                 sys.exit(128 + stop[0])
     stop.append(0)                                          # from here on, Ctrl-C ends at once
 
@@ -357,8 +357,8 @@ def read_data(args, rank):
     if args.data == "data/standin" and not Path("data/standin/classes.json").exists():
         print("There is no data/surreal: rendering a stand-in, which is not SURREAL.", flush=True)
         import prepare_surreal                              # not needed by those who have data
-        if prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
-            raise Problem("the stand-in could not be rendered (see above)")
+        if status := prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
+            sys.exit(status)                                # it has said why
     classes = evaluate.read_classes(args.data, count=True)
     training = Split(args.data, "train", classes, args.size, labels_at_size=True)
     if training.size % 32:
@@ -506,12 +506,12 @@ def build_parser():
     add("--seed", type=int, default=0, help="of first weights, order of images and augmentation")
     add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile, for GPUs")
     add = parser.add_argument_group("run").add_argument
-    add("--out", default=SUPPRESS, help="run folder; else runs/, named after the options")
+    add("--out", default=SUPPRESS, help="folder of a new run; else runs/, named after options")
     add("--resume", nargs="?", const="newest", default=SUPPRESS, metavar="DIR",
         help="continue a run (the newest); with --model and --out, start it where there is none")
     add("--quick", action="store_true", help="other defaults: some minutes on a laptop's CPU")
     add("--study", action="store_true", help="the paper's series of runs, in runs/<model>-study")
-    add("--final-iterations", type=int, default=0, help="of a study: steps of its last run")
+    add("--final-iterations", type=int, default=0, help="steps of a study's last run; 0: 90,000")
     return parser
 
 
@@ -533,7 +533,6 @@ def parse(argv):
         raise Problem(f"--model is missing: {', '.join(sorted(MODELS))}")
     elif run_dir.exists() and not study:
         raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts another")
-
     own = inspect.signature(MODELS[model]).parameters.keys()
     others = set().union(*(inspect.signature(kind).parameters for kind in MODELS.values())) - own
     for option in (others & typed.keys()) | (SET_BY_STUDY if study else set()):
@@ -553,14 +552,15 @@ def parse(argv):
     args.augment = args.augment or ["mirror", "scale"]
     if args.double_filters and not checkpoint:
         args.width *= 2
-    if min(args.batch_size, args.val_every, args.val_images, args.size + 1, args.workers + 1) < 1:
-        raise Problem("--batch-size, --val-every, --val-images start at 1, --size, --workers at 0")
+    if min(args.batch_size, args.val_every, args.val_images, args.stacks, args.joints_from,
+           args.joints_modules, args.size + 1, args.workers + 1, args.seed + 1, args.lr >= 0) < 1:
+        raise Problem("--val-every and counts start at 1, --lr, --size, --workers, --seed at 0")
     if args.size % 32:
         raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
     if (args.coarse_to_fine or study and model == "hourglass") and args.stacks == 1:
         raise Problem("coarse-to-fine labels need --stacks 2 or more (--quick has one)")
-    if study and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Problem("--study runs in one process: start it without torchrun")
+    if int(os.environ.get("WORLD_SIZE", 1)) > (1 if study else args.batch_size):
+        raise Problem("torchrun: --batch-size is at least the processes; --study runs in one")
     if args.init_from and not checkpoint:
         evaluate.load_checkpoint(evaluate.find_checkpoint(args.init_from))
     return args, run_dir, checkpoint

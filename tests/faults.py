@@ -160,7 +160,7 @@ def options(place, data, rng):
                 argv += [option, *rng.choices(words, k=rng.choice((0, 1, 1, 1, 2)))]
             accepted.clear()
             status, errors = call(function, argv)
-            tally(f"random options of {module.__name__}.py: accepted, or refused with status 2",
+            tally(f"random options of {module.__name__}.py: parsed, or refused with status 2",
                   accepted or status == 2, f"{argv}: {status} {errors}")
 
 
