@@ -296,7 +296,7 @@ def train(args, run_dir, checkpoint=None):
                 rows.append(dict(step=step, **validate(predict, measured, args)))
                 loss += rows[-1]["val_loss"]                # only for the check below
             if not np.isfinite(loss):
-                raise Problem(f"loss {loss} at step {step} not saved: try lower --lr, --precision fp32")
+                raise Problem(f"loss {loss} at step {step}: lower --lr, or take --precision fp32")
             if due and rank == 0:
                 if rows[-1]["val_miou"] > best:
                     best = rows[-1]["val_miou"]
