@@ -700,7 +700,7 @@ def make_clip(raw, split, i, seed, frames, picture):
 
 
 # ------ Command line
-def synthesize(raw, clips, frames, seed=0, workers=0, backgrounds=None):
+def synthesize(raw, clips, frames, seed, workers, backgrounds):
     """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
     except those already there. Of the pictures in `backgrounds`, train gets eight in ten."""
     settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=backgrounds)
