@@ -1,81 +1,125 @@
 """SegNet: an encoder of convolutions and max pooling, and its mirror image as the decoder.
 
-Badrinarayanan, Kendall & Cipolla, arXiv 1511.00561. Max pooling remembers which pixel of its 2x2
-window each maximum came from (the "pooling indices"), and the decoder puts values back at exactly
-those pixels. So boundaries survive four or five halvings without any learned upsampling.
+Badrinarayanan, Kendall & Cipolla, arXiv 1511.00561 ("the source"). "The paper" is the one rebuilt
+here (Borrego Carazo, 2018), which trains SegNet-Basic (Section 3.3).
 
     images -> [conv BN ReLU, pool] x 4 -> [unpool, conv BN] x 4 -> 1x1 conv -> logits
     (B, 3, H, W)               └──────── indices ────────┘                  (B, K, H, W)
 
-"The source" is that article; "the paper" is the one rebuilt here (Borrego Carazo, 2018).
-variant "basic" is SegNet-Basic, which the paper trains (Section 3.3): 7x7 convolutions. "vgg16" is
-the full SegNet: VGG-16's 13 convolutions and their mirror image, 3x3, ReLU in both halves.
+Why it halves and enlarges again: what a pixel shows, an arm or a leg, is told by its surroundings.
+After four halvings one value of the smallest map sees 106 x 106 pixels of the image, where four
+7x7 convolutions alone see 25 x 25, and every convolution on the way costs a quarter of the one
+before it. The labels are as large as the image, so the decoder has to enlarge the map again.
+
+Why it keeps pooling indices: each maximum's place within its 2x2 window is what halving loses.
+The decoder puts values back at exactly those pixels, so that borders between parts stay where they
+were, without any learned upsampling and at the cost of one index a value.
+
+variant "basic" is SegNet-Basic, 7x7 convolutions of one width. variant "vgg16" is the full SegNet:
+VGG-16's 13 convolutions and their mirror image, 3x3, with ReLU in both halves.
 Differs from the source: images are normalised by mean and standard deviation, not by local response
 normalisation, and nothing is pretrained. The code of the paper's authors also differs: its decoder
 ignores the indices and learns its upsampling, a 2x2 transposed convolution.
 """
+from functools import partial
+
 import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-VGG16 = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512),
-         (512, 512, 512, 512)]  # a stage each: channels in, then after each convolution
+# The encoder's stages: channels that come in, then the channels after each convolution.
+STAGES = {
+    "basic": [(3, 64), (64, 64), (64, 64), (64, 64)],
+    "vgg16": [
+        (3, 64, 64),
+        (64, 128, 128),
+        (128, 256, 256, 256),
+        (256, 512, 512, 512),
+        (512, 512, 512, 512),
+    ],
+}
 
 
-def conv_bn(channels, kernel, bias=True, relu=True):
-    """(convolution => BN => ReLU) from each count in `channels` to the next; the size is kept."""
+def convolution(c_in, c_out, kernel, bias=True):
+    """A convolution that keeps height and width, initialised as in He et al., arXiv 1502.01852."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias)
+    nn.init.kaiming_normal_(conv.weight)
+    if bias:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def conv_bn(channels, kernel, linear=False):
+    """(convolution => BN => ReLU) from each count in `channels` to the next.
+    linear: without the ReLU, and without biases, whose effect the BN would subtract anyway."""
     layers = []
     for c_in, c_out in zip(channels, channels[1:]):
-        layers += [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias),
-                   nn.BatchNorm2d(c_out), nn.ReLU(inplace=True) if relu else nn.Identity()]
+        layers.append(convolution(c_in, c_out, kernel, bias=not linear))
+        layers.append(nn.BatchNorm2d(c_out))
+        if not linear:
+            layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
 def unpool(x, indices):
-    """Undoes a 2x2 pooling, (B, C, H, W) -> (B, C, 2H, 2W): each value returns to its maximum's
-    pixel, the others become zero. indices: (B, C, H, W) int64, of max_pool2d."""
-    with torch.autocast("cpu", enabled=False):  # or CPU autocast returns float32
+    """Undoes a 2x2 max pooling: each value returns to its maximum's pixel, the others become zero.
+
+        a window    pooled   index    what the decoder    unpooled
+        1 2                           made of the 4
+        4 3         4        2        7                   0 0
+                                                          7 0
+    The index counts the pixels of the whole map row by row; this map is the window alone.
+    x: (B, C, H, W); indices: (B, C, H, W) int64, of max_pool2d. Returns (B, C, 2H, 2W).
+    """
+    with torch.autocast("cpu", enabled=False):  # or autocast on a CPU answers in float32
         return F.max_unpool2d(x, indices, 2)
 
 
 class SegNet(nn.Module):
     """(B, 3, H, W) normalised images -> (B, K, H, W) float32 logits, in training and evaluation.
     width: factor on every channel count but the image's and the classes'; 2 doubles the filters."""
-    recipe = dict(batch_size=32, lr=0.01, optimizer="Adam", schedule="constant", iterations=40000)
+    recipe = dict(
+        batch_size=32,
+        optimizer="Adam",
+        lr=0.01,
+        schedule="constant",
+        iterations=40000,
+    )
 
     def __init__(self, num_classes=25, width=1, *, variant="basic"):
         super().__init__()
-        stages = [[c if c == 3 else max(1, round(c * width)) for c in stage] for stage in VGG16]
-        C = stages[0][-1]
-        if variant == "basic":
-            encoder = [conv_bn((c, C), 7) for c in (3, C, C, C)]
-            decoder = [conv_bn((C, C), 7, bias=False, relu=False) for _ in range(4)]
-        else:
-            encoder = [conv_bn(stage, 3) for stage in stages]
-            stages[0] = stages[0][1:]  # the mirror image of the first convolution is the classifier
-            decoder = [conv_bn(stage[::-1], 3) for stage in stages[::-1]]
-        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
+        encoder = [[max(1, round(c * width)) for c in stage] for stage in STAGES[variant]]
+        encoder[0][0] = 3       # an image's colours, at any width
+        C = encoder[0][1]
+        # The mirror image; its last stage leads to the classifier instead of to three colours.
+        decoder = [stage[::-1] for stage in reversed(encoder[1:])] + [[C, C]]
+        # SegNet-Basic has no ReLU in the decoder (the source gives no reason). A stage is linear
+        # then: it fills the zeros between the unpooled values by an interpolation whose weights
+        # are learned, and a negative value, which speaks against a class, is passed on as well.
+        basic = variant == "basic"
+        kernel = 7 if basic else 3
+        self.encoder = nn.ModuleList(conv_bn(stage, kernel) for stage in encoder)
+        self.decoder = nn.ModuleList(conv_bn(stage, kernel, linear=basic) for stage in decoder)
+        self.classifier = convolution(C, num_classes, 1 if basic else 3)
         self.pool = nn.MaxPool2d(2, return_indices=True)
-        kernel = {"basic": 1, "vgg16": 3}[variant]
-        self.classifier = nn.Conv2d(C, num_classes, kernel, padding=kernel // 2)
-        self.heads = [(self.classifier, None)]  # None: no coarser classes; see Criterion.prior
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 4:
-                nn.init.kaiming_normal_(parameter)  # He et al., arXiv 1502.01852
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        # Whose biases train.py sets to the classes' prior; None: it has no coarser classes.
+        self.heads = [(self.classifier, None)]
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        x = F.pad(images, (0, -W % 32, 0, -H % 32))  # any size, made a multiple of 32
+        # Zeros at the right and below make H and W multiples of 32, so that every halving is even:
+        # for W = 100, -100 % 32 = 28 more columns make 128.
+        x = F.pad(images, (0, -W % 32, 0, -H % 32))
         all_indices = []
         for stage in self.encoder:
             x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16)
             all_indices.append(indices)
         for stage in self.decoder:
-            x = stage(unpool(x, all_indices.pop()))    # (B, C, H/8, W/8) ... (B, C, H, W)
-        return self.classifier(x)[..., :H, :W].float()
+            # The last pooling is undone first: (B, C, H/8, W/8) ... (B, C, H, W)
+            x = stage(unpool(x, all_indices.pop()))
+        logits = self.classifier(x)             # (B, K, H, W)
+        return logits[..., :H, :W].float()
 
     def loss(self, outputs, batch, criterion):
         """Returns (total, main): the loss to minimise and the one to show; here, the same."""
@@ -84,21 +128,21 @@ class SegNet(nn.Module):
 
 
 def print_stages(model, size):
-    """Prints each stage as it is computed: output, parameters, multiply-adds (MAC) of one image."""
-    counts = []
+    """Prints each stage as one image passes it: the output's shape (C, H, W) and the weights."""
 
-    def show(name, stage, output):
-        total = counter.get_total_flops() // 2              # a multiply-add is two FLOPs
-        counts.append(total if stage is model else total - sum(counts))
-        shape = tuple((output[0] if isinstance(output, tuple) else output).shape[1:])
-        parameters = sum(p.numel() for p in stage.parameters())
-        print(f"{name or 'in all':11}{shape!s:>16}{parameters:>11,} weights{counts[-1]:>15,} MAC")
+    def show(name, stage, inputs, output):
+        if name == "pool":
+            output, indices = output
+        weights = sum(p.numel() for p in stage.parameters())
+        print(f"{name or 'in all':12}{tuple(output.shape[1:])!s:>16}{weights:>12,} weights")
 
     for name, stage in model.named_modules():
-        if name in ("", "pool", "classifier") or name.count(".") == 1:
-            stage.register_forward_hook(lambda stage, _, out, name=name: show(name, stage, out))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if name.count(".") < 2:         # encoder.0, not its layers, encoder.0.0 and so on
+            stage.register_forward_hook(partial(show, name))
+    with FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, size, size))
+    # A multiply-add is two floating point operations (FLOPs).
+    print(f"{counter.get_total_flops() / 2e9:.1f} billion multiply-adds")
 
 
 if __name__ == "__main__":
