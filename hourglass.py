@@ -155,7 +155,8 @@ class StackedHourglass(nn.Module):
 
     Training: -> a list of each module's float32 logits, at full size, and a list of heat maps.
     width: factor on `features`, the channels of a module; the stem's grow with them.
-    stem_stride: 1 or 4: the modules work at 1 or 1/4 of the image's height and width.
+    stem_stride: 1 or 4: the modules work at 1 or 1/4 of the image's height and width. An image of
+        320x320 then costs 349 or 23 billion multiply-adds.
     coarse_to_fine: each module learns the label set of its level, for SURREAL's 25 classes.
     joints: "none"; "surreal": the num_joints joints of the data; "centroids": centres of the parts.
     joints_from, joints_modules: which module (1 is the first) feeds the branch; its own modules.
@@ -193,7 +194,6 @@ class StackedHourglass(nn.Module):
             Residual(C2, C)
         )
         counts = [num_classes] * stacks
-        names = []
         if coarse_to_fine:
             # Evenly from the coarsest to the finest: of 2 modules body and parts, of 3 body, limbs
             # and parts; a single module learns parts.
@@ -203,8 +203,9 @@ class StackedHourglass(nn.Module):
         # In float32: in bf16, the gradient of a bilinear enlargement is slow on CUDA.
         self.enlarge = nn.Upsample(scale_factor=stem_stride, mode="bilinear")
         self.stack = stack_modules(C, counts)
-        for module, name in zip(self.stack, names):
-            module.level = level_table(name)
+        if coarse_to_fine:
+            for module, name in zip(self.stack, names):
+                module.level = level_table(name)
 
         num_maps = num_classes - 1 if joints == "centroids" else num_joints
         counts = [] if joints == "none" else [num_maps] * joints_modules
@@ -350,7 +351,7 @@ def heat_map_loss(logits, joints, stride):
         # DistributedDataParallel averages gradients over processes, which makes this the mean.
         dist.all_reduce(count)
         total = total * dist.get_world_size()
-    return total / (count.clamp(min=1) * H * W)
+    return total / (count.clamp(1) * H * W)
 
 
 def print_stages(model, size):
@@ -361,7 +362,7 @@ def print_stages(model, size):
         print(f"{name or 'in all':48}{tuple(output.shape[1:])!s:>16}{weights:>12,} weights")
 
     for name, stage in model.named_modules():
-        if name == "" or name.endswith(("stem", DEPTH * ".inner.2", ".features", "predict")):
+        if not name or name.endswith(("stem", DEPTH * ".inner.2", ".features", "predict")):
             stage.register_forward_hook(partial(show, name))
     model.eval()(torch.zeros(1, 3, size, size))
 

@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from torch import nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 PYRAMID = (1, 2, 3, 6)  # cells along each side, Zhao et al., arXiv 1612.01105
 
@@ -93,9 +92,9 @@ def pyramid_pooling(x):
     """x plus its cell means on each grid of PYRAMID, enlarged again, all (B, C, H, W). So a pixel
     also knows what is in its half, its third and its sixth of the image, and in all of it."""
     x = x.float()       # see resize
+    grids = [F.adaptive_avg_pool2d(x, cells) for cells in PYRAMID]  # (B, C, cells, cells) each
     total = x
-    for cells in PYRAMID:
-        means = F.adaptive_avg_pool2d(x, cells)                     # (B, C, cells, cells)
+    for means in grids:
         total = total + F.interpolate(means, x.shape[-2:], mode="bilinear")
     return total
 
@@ -134,7 +133,8 @@ class ICNet(nn.Module):
     width: factor on every channel count but the image's and the classes'; 2 doubles the filters.
 
     A map's number is its size: fused16 has 1/16 of the image's height and width. A head bears the
-    name of the map that it reads, which is enlarged by 2 afterwards.
+    name of the map that it reads; its logits are enlarged by 2 afterwards.
+    An image of 320x320 costs 1.4 billion multiply-adds; doubled 5.6.
     """
     # The paper's Section 3.2.3.
     recipe = dict(
@@ -229,10 +229,7 @@ def print_stages(model, size):
     for name, stage in model.named_modules():
         if "." not in name:             # conv1, not its layers, conv1.0 and so on
             stage.register_forward_hook(partial(show, name))
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 3, size, size))
-    # A multiply-add is two floating point operations (FLOPs).
-    print(f"{counter.get_total_flops() / 2e9:.2f} billion multiply-adds")
+    model.eval()(torch.zeros(1, 3, size, size))
 
 
 if __name__ == "__main__":
