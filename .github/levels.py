@@ -18,11 +18,11 @@ split, palette = evaluate.Split(data, "train", classes), np.array(classes["palet
 batch = split[[split.frames.index(frame)]]
 photo, labels = batch["images"][0].permute(1, 2, 0).numpy(), batch["labels"][0].numpy()
 pictures = [(photo, "photo")]
-for level in range(len(LEVELS)):
+for level in LEVELS:
     table = level_table(level).numpy()                      # the coarser class of each id
     first = np.unique(table, return_index=True)[1]          # shown in the colour of its first id
     ids = np.pad(first[table], (0, 231), constant_values=evaluate.IGNORE)[labels]
-    pictures.append((evaluate.colours(ids, palette), f"module {level + 1}: {len(first)} classes"))
+    pictures.append((evaluate.colours(ids, palette), f"{level}: {len(first)} classes"))
 sheet = Figure((13.2, 2.4), dpi=100, layout="constrained")
 grid = sheet.subplots(1, 6)
 for axes, (picture, title) in zip(grid, [*pictures, (photo, "joints (dots), centroids (rings)")]):
