@@ -32,7 +32,7 @@ def test_layers_are_the_sources():
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
             stage = name.split(".")[0]
-            assert layer.dilation[0] == expected[stage], name
+            assert layer.dilation[0] == expected[stage]
         if isinstance(layer, nn.BatchNorm2d):
             assert layer.momentum == 0.05
         if isinstance(layer, icnet.Bottleneck):
@@ -72,7 +72,7 @@ def test_heads_and_their_weights():
         nn.init.zeros_(head.weight)
         nn.init.constant_(head.bias, number)
     outputs = model(torch.randn(2, 3, 64, 128))
-    shapes = [tuple(logits.shape) for logits in outputs]
+    shapes = [logits.shape for logits in outputs]
     assert shapes == [(2, 7, 4, 8), (2, 7, 8, 16), (2, 7, 16, 32)]
     for number, logits in enumerate(outputs):
         assert (logits == number).all()
