@@ -226,7 +226,7 @@ class StackedHourglass(nn.Module):
                     maps.append(heat)
         if self.training:
             return [self.enlarge(logits.float()) for logits in outputs], maps
-        return self.enlarge(logits.float())[..., :H, :W]            # (B, K, H, W)
+        return self.enlarge(logits.float())[..., :H, :W]    # (B, K, H, W)
 
     @property
     def heads(self):

@@ -90,7 +90,9 @@ def bottlenecks(count, c_in, c_mid, c_out, dilation=1):
 
 def pyramid_pooling(x):
     """x plus its cell means on each grid of PYRAMID, enlarged again, all (B, C, H, W). So a pixel
-    also knows what is in its half, its third and its sixth of the image, and in all of it."""
+    also knows what is in its half, its third and its sixth of the image, and in all of it.
+    torch.onnx unrolls the cells, so an exported network takes the example's height and width alone.
+    """
     x = x.float()       # see resize
     grids = [F.adaptive_avg_pool2d(x, cells) for cells in PYRAMID]  # (B, C, cells, cells) each
     total = x

@@ -35,7 +35,7 @@ def test_stages_and_their_totals(options, weights, billions, bottleneck, capsys)
 
 
 def test_loss_is_the_sum_of_what_each_module_owes():
-    model = build(coarse_to_fine=True, joints="surreal", joint_weight=3)
+    model = build(coarse_to_fine=True, joints="surreal", joint_weight=3, joints_from=2)
     images, batch = make_batch()
     logits, maps = model(images)
     for map_ in maps:
@@ -48,6 +48,8 @@ def test_loss_is_the_sum_of_what_each_module_owes():
     heat = sum(hourglass.heat_map_loss(x, batch["joints"], 4) for x in maps)
     torch.testing.assert_close(main, last)
     torch.testing.assert_close(total, first + last + 3 * heat)
+    heat.backward()                                         # the branch leaves the second module
+    assert model.stack[1].features[-2].weight.grad is not None
 
 
 def test_enlarging_is_bilinear_and_each_module_corrects_the_one_before():
@@ -93,8 +95,8 @@ def test_an_hourglass_adds_every_size():
 
 def test_a_residual_adds_its_input():
     x = torch.randn(1, 4, 3, 3)
-    for block in (hourglass.Residual(4), hourglass.Residual(4, 6)):
-        torch.testing.assert_close(block(x), block.branch(x) + block.skip(x))
+    block = hourglass.Residual(4, 6)
+    torch.testing.assert_close(block(x), block.branch(x) + block.skip(x))
 
 
 def test_levels_are_those_of_the_authors():
@@ -115,7 +117,7 @@ def test_levels_are_those_of_the_authors():
         table = torch.zeros(25, dtype=torch.int64)
         for coarse, group in enumerate(groups, 1):
             table[list(group)] = coarse
-        assert hourglass.level_table(level).equal(table), level
+        assert hourglass.level_table(level).equal(table)
 
 
 @pytest.mark.parametrize("counts", (
@@ -153,7 +155,6 @@ def test_heat_maps_peak_at_the_joint_to_the_pixel():
     for spot, (y, x) in zip(maps[0], rounded):
         assert spot.argmax() == y * 32 + x
     spot = maps[0, 0]
-    assert spot[7, 3] == 1
     assert spot[9, 3] == pytest.approx(np.exp(-0.5))        # one spread below
     assert spot[7, 7] == pytest.approx(np.exp(-2))          # two to the right
 
