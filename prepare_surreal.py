@@ -387,20 +387,24 @@ def prepare(args, settings):
     """
     out, parts = args.out, f"{args.out}/.parts"
     if args.images:                             # anew each time, so that pictures can be added
+        chosen, skipped = choose_pictures(args)
         shutil.rmtree(parts, ignore_errors=True)
-    if not os.path.exists(f"{parts}/choice.json"):
-        chosen, skipped = choose_pictures(args) if args.images else choose(args)
+    elif os.path.exists(f"{parts}/choice.json"):
+        _, chosen, skipped = read_json(f"{parts}/choice.json").values()
+    else:
+        chosen, skipped = choose(args)
         choice = dict(settings=settings, chosen=chosen, skipped=skipped)
         write_json(f"{parts}/choice.json", choice)
+    os.makedirs(parts, exist_ok=True)
     (out / "classes.json").unlink(missing_ok=True)          # from now on the folder is unfinished
     for split, kind in itertools.product(SPLITS, ("images", "labels")):
         os.makedirs(f"{out}/{split}/{kind}", exist_ok=True)
-    choice = read_json(f"{parts}/choice.json")
-    jobs = [(out, args.size, args.margin, split, *job) for split, *job in choice["chosen"]
-            if not os.path.exists(f"{parts}/{split}/{job[1]}.json")]
+    jobs = [(out, args.size, args.margin, split, folder, name, what)
+            for split, folder, name, what in chosen
+            if not os.path.exists(f"{parts}/{split}/{name}.json")]
     write = convert if args.images else extract
     failed = [row for row in in_parallel(write, jobs, args.workers, "writing frames") if row]
-    describe(args, settings, choice["skipped"] + failed)
+    describe(args, settings, skipped + failed)
     if not failed:
         shutil.rmtree(parts)
 
@@ -442,7 +446,7 @@ def statistics(colours):
 def describe(args, settings, skipped):
     """Writes what describes the folder: joints.npz, skipped.csv, preview.png, classes.json."""
     out, names = args.out, args.names or NAMES
-    groups = groups_of(path.stem for path in out.glob("*/images/*"))
+    groups = groups_of([path.stem for path in out.glob("*/images/*")])
     for split in reversed(SPLITS):              # train comes last: its numbers are used below
         frames, joints, more, (*colours, pixels) = collect(out, split)
         skipped += more
@@ -458,6 +462,9 @@ def describe(args, settings, skipped):
         csv.writer(file).writerows([("clip", "frame", "reason"), *rows])
     if not all(os.listdir(f"{out}/{split}/images") for split in SPLITS):
         raise Problem(f"a split has no frame: mend what {out}/skipped.csv lists, then repeat this")
+    if np.count_nonzero(pixels[:len(names)]) < 2:
+        raise Problem("the labels of train show one class; 255 means ignore, so masks of 0 and 255 "
+                      "need --values 0 255")
     draw_preview(out, frames)
     mean, std = statistics(colours)
     classes = dict(names=names, size=args.size, pixels=pixels[:len(names)].tolist(),
@@ -957,7 +964,7 @@ ALL = "--raw, --synthesize, --images"
 OPTIONS = [     # name, the modes it goes with, default, lowest value, help
     ("size", ALL, 320, 1, "side of the square images, in pixels"),
     ("workers", ALL, os.cpu_count(), 0, "processes, 150 MB each; 0 starts none"),
-    ("run", CLIPS, 0, 0, "SURREAL's run; clips of 0, 1, 2 overlap by 50, 70, 30 %"),
+    ("run", CLIPS, 0, 0, "SURREAL's run; clips of 0, 1, 2 overlap by 50, 70, 30 %%"),
     ("train", CLIPS, 90_000, 1, "frames for train, or all that exist"),
     ("val", CLIPS, 15_000, 1, "frames for val, or all that exist, spread over its clips"),
     ("test", CLIPS, 15_000, 1, "frames for test, or all that exist"),
@@ -1009,8 +1016,8 @@ def parse(argv):
     modes.add_argument("--synthesize", action="store_true", help="render a stand-in into OUT-raw")
     modes.add_argument("--images", help="your own pictures; folders in it are not entered")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    for name, modes, default, _, text in OPTIONS:
-        kind = str if default is None else type(default)
+    for name, modes, default, lowest, text in OPTIONS:
+        kind = str if lowest is None else type(default)
         options = dict(type=kind, default=default, help=f"{text} (with {modes})")
         parser.add_argument(f"--{name}", **options | SPECIAL.get(name, {}))
     args = parser.parse_args(argv)
