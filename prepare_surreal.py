@@ -478,8 +478,9 @@ def describe(args, settings, skipped):
     if args.synthesize:
         classes["source"] = "rendered stand-in, not SURREAL"
     write_json(out / "classes.json", classes, indent=1)
-    left_out = sum(not row[1] for row in skipped)
-    print(f"{out} is ready; {left_out} clips or files were left out, as {out}/skipped.csv says")
+    left_out = [clip for clip, frame, _ in skipped if not frame]
+    print(f"{out} is ready, preview.png shows some of it. {len(left_out)} clips or files were left "
+          "out, skipped.csv says why; the same command tries broken clips again")
 
 
 # ------ Your own pictures
@@ -1049,7 +1050,8 @@ def main(argv=None):
                        args.backgrounds)
         if args.images or choice.exists() or not done.exists():
             prepare(args, settings)
-        print(f"{args.out} is ready, with these settings; preview.png shows some of it")
+        else:
+            print(f"{args.out} is ready, with these settings")
         return 0
     except BrokenExecutor:
         error = "the system ended a worker, most often for want of memory: give fewer --workers"

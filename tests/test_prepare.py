@@ -1,4 +1,4 @@
-"""prepare_surreal.py on clips in SURREAL's layout that are written here, and on its stand-in."""
+"""prepare_surreal.py on clips in SURREAL's layout, and on own pictures, that are written here."""
 import csv
 import json
 import os
@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage
-from scipy.io import loadmat, savemat
+from scipy.io import savemat
 
 import prepare_surreal as prepare
 
@@ -33,57 +34,83 @@ def corner(t):
 
 def draw_mask(t):
     """(240, 320): a figure, 60 x 100, of label 1 + t % 15, with a head and strips of 17 to 24."""
-    labels, (x, y) = np.zeros((240, 320), np.uint8), corner(t)
+    labels = np.zeros((240, 320), np.uint8)
+    x, y = corner(t)
     labels[y:y + 100, x:x + 60] = 1 + t % 15
     labels[y:y + 20, x + 20:x + 40] = 16
     labels[y + 30:y + 40, x:x + 56] = np.repeat(np.arange(17, 25), 7)
     return labels
 
 
-def write_clip(run, name, T, edit=lambda clip: None):
+def write_clip(run, name, T, edit=lambda video, masks, info: None):
     """One clip on disk, in the folder of its sequence; `edit` may change what is written."""
     folder = run / name.rsplit("_c", 1)[0]
     folder.mkdir(parents=True, exist_ok=True)
-    flat, solid = np.empty((2, 24, T), np.float32), np.empty((3, 24, T), np.float32)
-    for t in range(T):
-        flat[:, :, t] = np.array(corner(t))[:, None] + np.array([[1], [2]]) * np.arange(24)
-        solid[:, :, t] = np.random.default_rng(t).normal(size=(3, 24))
-    if T == 1:
-        flat, solid = flat[:, :, 0], solid[:, :, 0]         # as SURREAL has it
-    clip = dict(video=[np.full((240, 320, 3), colour(name, t), np.uint8) for t in range(T)],
-                segm={f"segm_{t + 1}": draw_mask(t) for t in range(T)},
-                info=dict(joints2D=flat, joints3D=solid, stride=np.uint8([[50]])))
-    edit(clip)
+    joints = np.arange(24)
+    flat = [np.add.outer(corner(t), joints) + [0 * joints, joints] for t in range(T)]
+    solid = [np.random.default_rng(t).normal(size=(3, 24)) for t in range(T)]
+    video = [np.full((240, 320, 3), colour(name, t), np.uint8) for t in range(T)]
+    masks = {f"segm_{t + 1}": draw_mask(t) for t in range(T)}
+    info = dict(
+        joints2D=np.squeeze(np.float32(flat).transpose(1, 2, 0)),       # T = 1: as SURREAL has it
+        joints3D=np.squeeze(np.float32(solid).transpose(1, 2, 0)))
+    edit(video, masks, info)
     with av.open(str(folder / f"{name}.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "12"})
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
-        for image in clip["video"]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for image in video:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    savemat(folder / f"{name}_segm.mat", clip["segm"], do_compression=True)
-    savemat(folder / f"{name}_info.mat", clip["info"], do_compression=True)
+    savemat(folder / f"{name}_segm.mat", masks, do_compression=True)
+    savemat(folder / f"{name}_info.mat", info, do_compression=True)
     return folder / name
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def frames(out, split):
     return sorted(path.stem for path in (out / split / "images").iterdir())
 
 
+def reasons(out):
+    with open(out / "skipped.csv", newline="", encoding="utf-8") as file:
+        return {(row["clip"], row["frame"]): row["reason"] for row in csv.DictReader(file)}
+
+
 def load(out, split, frame):
     """One prepared frame: image, labels and joints as arrays."""
     with np.load(out / split / "joints.npz") as stored:
         joints = dict(zip(stored["frames"].tolist(), stored["joints"]))
-    return (np.asarray(Image.open(out / split / "images" / f"{frame}.jpg")).astype(int),
-            np.asarray(Image.open(out / split / "labels" / f"{frame}.png")), joints[frame])
+    image = Image.open(out / split / "images" / f"{frame}.jpg")
+    labels = Image.open(out / split / "labels" / f"{frame}.png")
+    return np.asarray(image).astype(int), np.asarray(labels), joints[frame]
 
 
 def run(*options):
     return prepare.main([str(option) for option in options])
+
+
+def spoil_frames(video, masks, info):
+    masks["segm_1"] = masks["segm_1"].astype(float)         # whole numbers are good
+    masks["segm_2"][100, 100] = 25
+    masks["segm_3"] = masks["segm_3"][:, :-1]
+    masks["segm_4"] = masks["segm_4"] + 0.5
+    info["joints2D"][:, :, 4] = 0
+    info["joints2D"][1, 3, 5] = np.nan
+    masks["segm_7"][:] = 0
+
+
+DEFECTS = [     # what is done to a clip of five frames, and its reason in skipped.csv
+    (lambda video, masks, info: video.pop(), "length"),
+    (lambda video, masks, info: masks.pop("segm_5"), "length"),
+    (lambda video, masks, info: masks.update(segm_6=draw_mask(0)), "length"),
+    (lambda video, masks, info: info.update(joints2D=info["joints2D"][:, :, :4]), "dimension"),
+    (lambda video, masks, info: info.update(joints3D="text"), "info.mat"),
+    (lambda video, masks, info: info.pop("joints2D"), "joints2D")]
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +124,20 @@ def raw(tmp_path_factory):
     write_clip(train / "one folder too deep", "01_01_c0002", 7)
     for path in (train / "ung_90_10").iterdir():
         path.rename(train / path.name)                      # lies flat in run0
-    for split, name in (("val", "02_01_c0001"), ("test", "02_01_c0001"), ("test", "03_01_c0001")):
-        write_clip(raw / split / "run0", name, 10)
+    linked = raw / "linked"
+    write_clip(linked, "04_01_c0001", 2)
+    (train / "04_01").symlink_to(linked / "04_01")
+    write_clip(raw / "val" / "run0", "02_01_c0003", 10)
+    for number in range(1, 6):                              # 3 is in val, 2 and 4 are beside it
+        write_clip(raw / "test" / "run0", f"02_01_c000{number}", 2)
+        write_clip(raw / "test" / "run0", f"ung_02_01_c000{number}", 2)
+    write_clip(raw / "test" / "run0", "03_01_c0003", 10)
     for number, part in enumerate((".mp4", "_segm.mat", "_info.mat"), 1):
         Path(f"{write_clip(train, f'50_01_c000{number}', 5)}{part}").unlink()
         os.truncate(f"{write_clip(train, f'50_02_c000{number}', 5)}{part}", 900)
-    for number, edit in enumerate((
-            lambda c: c["video"].pop(), lambda c: c["segm"].pop("segm_5"),
-            lambda c: c["segm"].update(segm_6=draw_mask(0)),
-            lambda c: c["info"].update(joints2D=c["info"]["joints2D"][:, :, :4]),
-            lambda c: c["info"].update(joints3D="text"), lambda c: c["info"].pop("joints2D")), 1):
+    for number, (edit, _) in enumerate(DEFECTS, 1):
         write_clip(train, f"50_03_c000{number}", 5, edit)
-    def bad_frames(clip):
-        masks, info = clip["segm"], clip["info"]
-        masks["segm_1"] = masks["segm_1"].astype(float)     # whole numbers are good
-        masks["segm_2"][100, 100] = 25
-        masks["segm_3"] = masks["segm_3"][:, :-1]
-        masks["segm_4"] = masks["segm_4"] + 0.5
-        info["joints2D"][:, :, 4] = 0
-        info["joints2D"][1, 3, 5] = np.nan
-        masks["segm_7"][:] = 0
-    write_clip(train, "60_01_c0001", 9, bad_frames)
+    write_clip(train, "60_01_c0001", 9, spoil_frames)
     return raw
 
 
@@ -128,64 +148,87 @@ def prepared(raw, tmp_path_factory):
     script.write_text(
         "import multiprocessing, sys\nimport prepare_surreal\nif __name__ == '__main__':\n"
         "    multiprocessing.set_start_method('spawn')\n    status = prepare_surreal.main()\n"
-        "    sys.exit(status or 'torch' in sys.modules or 'fcntl' in vars(prepare_surreal))")
+        "    sys.exit(status or 'torch' in sys.modules or 'av' in sys.modules)")
     command = [sys.executable, script, "--raw", raw, "--out", out, "--size", "64", "--workers", "2"]
     environment = os.environ | dict(PYTHONPATH=str(Path(prepare.__file__).parent))
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "18 clips" in done.stdout.splitlines()[-1]
     return out
 
 
 def test_a_broken_clip_or_frame_costs_that_alone_and_has_its_reason(prepared):
-    clips = (("01_01_c0001", 12), ("01_01_c0002", 7), ("ung_90_10_c0001", 1), (ODD, 3))
-    assert frames(prepared, "train") == sorted(
-        [f"{clip}_{t:03d}" for clip, T in clips for t in range(1, T + 1)]
-        + [f"60_01_c0001_00{t}" for t in (1, 8, 9)])
-    for split, clip in (("val", "02_01_c0001"), ("test", "03_01_c0001")):
-        assert frames(prepared, split) == [f"{clip}_{t:03d}" for t in range(1, 11)]
-    with open(prepared / "skipped.csv", newline="", encoding="utf-8") as file:
-        reasons = {(row["clip"], row["frame"]): row["reason"] for row in csv.DictReader(file)}
-    clips = [f"50_0{k}_c000{n}" for k, N in ((1, 3), (2, 3), (3, 6)) for n in range(1, N + 1)]
-    expected = {("02_01_c0001", ""): "also in val"} | dict(zip(
-        [(clip, "") for clip in clips] + [("60_01_c0001", str(t)) for t in range(2, 8)],
-        2 * ["mp4", "segm", "info"] + 3 * ["length"] + ["dimension", "float", "joints2D"]
-        + 3 * ["mask"] + 2 * ["joints"] + ["no person"]))
-    assert reasons.keys() == expected.keys()
-    assert all(expected[key] in reason for key, reason in reasons.items()), reasons
-    assert sorted(path.name for path in prepared.iterdir()) == [
-        "classes.json", "preview.png", "skipped.csv", "test", "train", "val"]
+    good = (("01_01_c0001", 12), ("01_01_c0002", 7), ("04_01_c0001", 2), ("ung_90_10_c0001", 1),
+            (ODD, 3))
+    expected = [f"{clip}_{t:03d}" for clip, T in good for t in range(1, T + 1)]
+    expected += [f"60_01_c0001_00{t}" for t in (1, 8, 9)]
+    assert frames(prepared, "train") == sorted(expected)
+    assert frames(prepared, "val") == [f"02_01_c0003_{t:03d}" for t in range(1, 11)]
+    texts = {(f"50_0{k}_c000{n}", ""): text for k in (1, 2)
+             for n, text in enumerate(("mp4", "segm", "info"), 1)}
+    texts |= {(f"50_03_c000{n}", ""): text for n, (_, text) in enumerate(DEFECTS, 1)}
+    bad = ["mask", "mask", "mask", "joints", "joints", "no person"]
+    texts |= {("60_01_c0001", str(t)): text for t, text in enumerate(bad, 2)}
+    for motion in ("02_01", "ung_02_01"):
+        for number in (2, 3, 4):
+            texts[f"{motion}_c000{number}", ""] = "shares poses with a val clip"
+    texts["02_01_c0003", ""] = "also in val"
+    found = reasons(prepared)
+    assert found.keys() == texts.keys()
+    assert all(texts[key] in reason for key, reason in found.items()), found
+
+
+def test_clips_of_test_that_share_poses_with_val_are_left_out(prepared):
+    left = [f"{clip}_00{t}" for clip in ("02_01_c0001", "02_01_c0005", "ung_02_01_c0001",
+                                         "ung_02_01_c0005") for t in (1, 2)]
+    left += [f"03_01_c0003_{t:03d}" for t in range(1, 11)]
+    assert frames(prepared, "test") == sorted(left)
+
+
+def test_clips_of_run1_overlap_further(tmp_path):
+    for split, numbers in (("train", [1]), ("val", [5]), ("test", range(1, 11))):
+        for number in numbers:
+            folder = tmp_path / split / "run1" / "07_01"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"07_01_c{number:04d}.mp4").touch()
+    found, _ = prepare.select_clips(tmp_path, 1, [])        # 30 frames apart: 5 - 3 still shares
+    assert [*found["test"]] == ["07_01_c0001", "07_01_c0009", "07_01_c0010"]
 
 
 def test_image_labels_and_joints_of_a_frame_belong_together(raw, prepared):
     poses, _ = prepare.read_poses(raw / "train/run0/01_01/01_01_c0001_info.mat")
     assert poses.shape == (12, 72) and not poses[:, :3].any()
-    for split, clip, t in [("train", "01_01_c0001", t) for t in range(12)] + [
-            ("train", "ung_90_10_c0001", 0), ("val", "02_01_c0001", 3)]:
+    cases = [("train", "01_01_c0001", t) for t in range(12)]
+    cases += [("train", "ung_90_10_c0001", 0), ("val", "02_01_c0003", 3)]
+    for split, clip, t in cases:
         image, labels, joints = load(prepared, split, f"{clip}_{t + 1:03d}")
-        own, other = (np.abs(image.mean(axis=(0, 1)) - colour(clip, s)).max()
-                      for s in (t, (t + 1) % 10))
+        mean = image.mean(axis=(0, 1))
+        own, other = (np.abs(mean - colour(clip, s)).max() for s in (t, (t + 1) % 10))
         assert image.shape == (64, 64, 3) and own < 6 < other
         x, y = corner(t)                                    # 60 x 100: side 120, centred
         left, top = max(0, x + 30 - 60), max(0, y + 50 - 60)
         centres = ((np.arange(64) + 0.5) * 120 / 64).astype(int)
         crop = draw_mask(t)[top:top + 120, left:left + 120]
         assert np.array_equal(labels, crop[centres][:, centres])
-        place = np.array([x, y]) + np.arange(24)[:, None] * (1, 2) - 0.5    # of pixel centres
-        assert np.allclose(joints, (place - (left, top) + 0.5) * 64 / 120 - 0.5, atol=1e-4)
+        place = np.array([x, y]) + np.arange(24)[:, None] * (1, 2)
+        assert np.allclose(joints, (place - (left, top)) * 64 / 120 - 0.5, atol=1e-4)
 
 
 def test_classes_json_describes_the_folder(prepared):
     classes = json.loads((prepared / "classes.json").read_text())
-    names = classes["names"]
-    assert [names[i] for i in classes["mirror"]] == [
-        name.replace("left", "?").replace("right", "left").replace("?", "right") for name in names]
-    assert classes["joint_mirror"] == [i - 1 for i in classes["mirror"][1:]]
+    names, mirror = classes["names"], classes["mirror"]
+    for name, twin in zip(names, mirror):
+        swapped = name.replace("left", "?").replace("right", "left").replace("?", "right")
+        assert names[twin] == swapped
+    assert classes["joint_mirror"] == [i - 1 for i in mirror[1:]]
     assert len(names) == 25 and names[16] == "head" and classes["groups"]["Torso"] == [1, 4, 7, 10]
     assert sorted(sum(classes["groups"].values(), [])) == list(range(25))
-    images, labels, _ = zip(*(load(prepared, "train", name) for name in frames(prepared, "train")))
+    train = [load(prepared, "train", name) for name in frames(prepared, "train")]
+    images, labels, _ = zip(*train)
     assert classes["pixels"] == np.bincount(np.ravel(labels), minlength=25).tolist()
     pixels = np.reshape(images, (-1, 3)) / 255
-    for key, value in (("mean", pixels.mean(axis=0)), ("std", pixels.std(axis=0))):
-        assert np.allclose(classes[key], value, atol=0.005)
+    assert np.allclose(classes["mean"], pixels.mean(axis=0), atol=0.005)
+    assert np.allclose(classes["std"], pixels.std(axis=0), atol=0.005)
     assert classes["size"] == 64 and classes["source"].startswith("SURREAL")
     label = Image.open(prepared / "train" / "labels" / "01_01_c0001_001.png")
     assert label.mode == "P" and label.getpalette()[:75] == sum(classes["palette"], [])
@@ -195,11 +238,11 @@ def test_classes_json_describes_the_folder(prepared):
 
 def test_a_folder_is_never_overwritten(raw, prepared, tmp_path, capsys):
     before = files(prepared)
-    assert run("--raw", raw, "--out", prepared, "--size", 64, "--workers", 0) == 0
     assert run("--raw", raw, "--out", prepared, "--size", 96) == 2
     assert "'size': 64" in capsys.readouterr().err and files(prepared) == before
     (tmp_path / "thesis.txt").write_text("precious")
-    assert {run("--raw", raw, "--out", out) for out in (tmp_path, tmp_path / "thesis.txt")} == {2}
+    assert run("--raw", raw, "--out", tmp_path) == 2
+    assert run("--raw", raw, "--out", tmp_path / "thesis.txt") == 2
     assert files(tmp_path) == {"thesis.txt": b"precious"}
 
 
@@ -214,19 +257,69 @@ def test_killed_or_interrupted_it_goes_on_and_ends_with_the_same_files(raw, prep
         os.killpg(process.pid, number)                      # to its workers too, as Ctrl-C
         errors = process.communicate()[1]                   # ends when no worker is left
         assert process.returncode in (status, 0) and "Traceback" not in errors
-    assert run(*command[2:], "--workers", 0) == 0 and files(out) == files(prepared)
+    assert run(*command[2:], "--workers", 0) == 0
+    assert files(out) == files(prepared)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A small folder of clips, one a split, and the options to prepare all of it."""
+    raw = tmp_path / "cmu"
+    for number, split in enumerate(prepare.SPLITS, 1):
+        write_clip(raw / split / "run0", f"0{number}_01_c0001", 4)
+    return raw, ["--raw", raw, "--out", tmp_path / "out", "--size", 32, "--workers", 0]
+
+
+def test_a_mended_clip_is_tried_again_and_late_clips_do_not_enter(three, capsys):
+    raw, options = three
+    out = options[3]
+    broken = write_clip(raw / "train" / "run0", "05_01_c0001", 4)
+    whole = Path(f"{broken}.mp4").read_bytes()
+    os.truncate(f"{broken}.mp4", 900)
+    assert run(*options) == 0
+    assert "1 clips" in capsys.readouterr().out.splitlines()[-1]
+    assert len(frames(out, "train")) == 4 and len(reasons(out)) == 1
+    Path(f"{broken}.mp4").write_bytes(whole)
+    write_clip(raw / "train" / "run0", "06_01_c0001", 4)
+    assert run(*options) == 0
+    assert len(frames(out, "train")) == 8 and not reasons(out)      # no frame of 06_01
+    classes = json.loads((out / "classes.json").read_text())
+    assert sum(classes["pixels"]) == 8 * 32 * 32
+    assert not (out / ".parts").exists()
+    assert run(*options) == 0
+    assert "ready" in capsys.readouterr().out
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_systems_end_of_a_worker_is_one_sentence(three, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "extract", die)
+    assert run(*three[1][:-1], 1) == 2
+    error, = [line for line in capsys.readouterr().err.splitlines() if "surreal.py:" in line]
+    assert "memory" in error and "--workers" in error
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--exclude", "05_*"], "05_*"), (["--pick", "cluster", "--train", 5], "--train 5")])
+def test_a_choice_that_cannot_be_made_is_one_sentence(options, says, three, capsys):
+    assert run(*three[1], *options) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not three[1][3].exists()
 
 
 def test_the_choice_is_seeded_evenly_spaced_and_excludes(raw, tmp_path):
     found = []
-    for name, *options in (["a"], ["b", "--seed", 1],
-                           ["c", "--exclude", "01_*", "60_01_c0001", "--exclude", "50_*"]):
+    excluded = ["--exclude", "01_*", "60_01_c0001", "--exclude", "50_*"]
+    for name, *options in (["a"], ["b", "--seed", 1], ["c", *excluded]):
         assert run("--raw", raw, "--out", tmp_path / name, "--size", 32, "--clusters", 3, "--train",
                    9, "--val", 5, "--test", 3, "--workers", 0, *options) == 0
         found.append([frames(tmp_path / name, split) for split in prepare.SPLITS])
     assert found[0] != found[1] and [len(names) for names in found[0][1:]] == [5, 3]
-    assert set(np.diff([int(name[-3:]) for name in found[0][1]])) == {2}        # 5 of 10
-    assert {name[:3] for name in found[2][0]} == {"ung", "O'N"}
+    numbers = [int(name[-3:]) for name in found[0][1]]
+    assert set(np.diff(numbers)) == {2}                     # 5 of 10
+    assert {name[:3] for name in found[2][0]} == {"ung", "O'N", "04_"}
 
 
 def test_spread_takes_as_many_of_every_cluster_and_cluster_the_nearest_size():
@@ -235,9 +328,11 @@ def test_spread_takes_as_many_of_every_cluster_and_cluster_the_nearest_size():
     poses = (5 * kind[:, None] + rng.normal(size=(920, 72)) * 0.1).astype(np.float32)
     rows = prepare.pick(poses, 221, "spread", 3, np.random.default_rng(1))
     assert sorted(np.bincount(kind[rows])) == [20, 100, 101] and (np.diff(rows) > 0).all()
-    assert set(np.diff(np.searchsorted(np.flatnonzero(kind == 0), rows[kind[rows] == 0]))) == {5, 6}
+    of_first = np.searchsorted(np.flatnonzero(kind == 0), rows[kind[rows] == 0])
+    assert set(np.diff(of_first)) == {5, 6}
     assert set(kind[prepare.pick(poses, 250, "cluster", 3, rng)]) == {1}
-    assert [len(prepare.pick(poses, n, "cluster", 3, rng)) for n in (0, 920, 2000)] == [0, 920, 920]
+    counts = [len(prepare.pick(poses, wanted, "spread", 3, rng)) for wanted in (0, 920, 2000)]
+    assert counts == [0, 920, 920]
 
 
 def picture(text):
@@ -298,7 +393,8 @@ def test_padding_is_the_mean_colour_and_the_ignored_label():
     (["--raw", "no/such/folder"], "no/such/folder"), (["--run", "1"], "run1"),
     (["--val", "many"], "many"), (["--clips", "3"], "--synthesize"),
     (["--backgrounds", "."], "--synthesize"), (["--synthesize"], "not allowed"),
-    (["--trian", "3"], "--trian"), (["--raw", "half"], "test")])
+    (["--trian", "3"], "--trian"), (["--raw", "half"], "half/train"),
+    (["--size", "0"], "--size"), (["--margin", "nan"], "--margin"), (["--names", "a"], "--images")])
 def test_a_mistake_is_one_sentence_before_anything_is_written(
         options, says, raw, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -311,81 +407,145 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
     assert len(lines) == 1 or lines[0].startswith("usage")
 
 
-@pytest.fixture(scope="module")
-def standin(tmp_path_factory):
-    """Clips of four frames, six for train, by whatever renderer: OUT, and OUT-raw."""
-    out = tmp_path_factory.mktemp("standin") / "standin"
-    options = ["--synthesize", "--out", out, "--frames", 4, "--size", 128, "--workers", 0]
-    assert [run(*options, "--clips", n) for n in (6, 6, 5)] == [0, 0, 2]
+def write_pictures(folder, names, mask=None, size=(60, 40)):
+    """Pictures and their masks, 255 in the left third and 0 elsewhere unless `mask` is given."""
+    for kind in ("pictures", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    width, height = size
+    if mask is None:
+        mask = np.zeros((height, width), np.uint8)
+        mask[:, :width // 3] = 255
+    for name in names:
+        picture = np.full((height, width, 3), (250, 30, 30), np.uint8)
+        Image.fromarray(picture).save(folder / "pictures" / f"{name}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{name}.png")
+    return ["--images", folder / "pictures", "--masks", folder / "masks", "--names", "background",
+            "cat", "--out", folder / "out", "--size", 30, "--workers", 0]
+
+
+def splits_of(out):
+    return {frame: split for split in prepare.SPLITS for frame in frames(out, split)}
+
+
+def test_six_pictures_become_a_folder_and_more_move_none(tmp_path, capsys):
+    options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
+    (tmp_path / "pictures" / "Thumbs.db").touch()
+    (tmp_path / "pictures" / "._p_1.png").touch()
+    (tmp_path / "pictures" / "folder.png").mkdir()
+    assert run(*options) == 2                               # has no mask
+    (tmp_path / "pictures" / "folder.png").rename(tmp_path / "pictures" / "folder")
+    assert run(*options) == 0
+    out = tmp_path / "out"
+    lines = capsys.readouterr().out.splitlines()
+    assert "train: 4 frames of 4 groups" in lines and "3 clips or files" in lines[-1]
+    assert "    pixels of each class: {'background': 1600, 'cat': 800}" in lines
+    assert {name for name, _ in reasons(out)} == {"Thumbs.db", "._p_1.png", "folder"}
+    before = splits_of(out)
+    assert len(before) == 6 and set(before.values()) == set(prepare.SPLITS)
+    write_pictures(tmp_path, [f"walk_{i:04d}" for i in range(9)] + [f"x{i}" for i in range(60)])
+    (tmp_path / "pictures" / "p_0.png").unlink()
+    (tmp_path / "masks" / "p_0.png").unlink()
+    assert run(*options) == 0
+    after = splits_of(out)
+    assert before.pop("p_0") and "p_0" not in after
+    assert before.items() <= after.items()
+    assert len({split for frame, split in after.items() if frame.startswith("walk")}) == 1
+    counts = [len(frames(out, split)) for split in prepare.SPLITS]
+    assert sum(counts) == 74 and counts[0] > 40
+    classes = json.loads((out / "classes.json").read_text())
+    assert classes["names"] == ["background", "cat"] and classes["size"] == 30
+    assert classes["pixels"] == [400 * counts[0], 200 * counts[0]]
+    assert np.allclose(classes["mean"], np.array([250, 30, 30]) / 255, atol=0.01)
+
+
+def test_a_new_groups_split_is_its_hash(tmp_path):
+    names = [f"name{i}" for i in range(1000)]
+    splits = prepare.split_frames(names, tmp_path)
+    more = prepare.split_frames(names[500:], tmp_path)
+    assert sum(splits[name] != more[name] for name in names[500:]) <= 3
+    counts = [list(splits.values()).count(split) for split in prepare.SPLITS]
+    assert np.allclose(counts, (800, 100, 100), atol=30)
+
+
+def test_pictures_are_upright_padded_and_named_alike(tmp_path):
+    palette = np.zeros((60, 40), np.uint8)
+    palette[:10] = 1
+    palette[50:] = 255
+    stored = Image.fromarray(palette)
+    stored.putpalette([0, 0, 0, 200, 0, 0] + [9] * 762)     # as grey, 1 would be 60
+    lying = np.zeros((40, 60, 3), np.uint8)
+    lying[:, :10] = 255                                     # the top, once it stands upright
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = write_pictures(tmp_path, [])
+    for name in ("é1", "é2", "é3"):
+        Image.fromarray(lying).save(tmp_path / "pictures" / f"{name}.jpg", exif=exif, quality=95)
+        stored.save(tmp_path / "masks" / f"{unicodedata.normalize('NFD', name)}.png")
+    assert run(*options) == 0
+    frame, = frames(tmp_path / "out", "train")
+    image = Image.open(tmp_path / "out" / "train" / "images" / f"{frame}.jpg")
+    labels = np.asarray(Image.open(tmp_path / "out" / "train" / "labels" / f"{frame}.png"))
+    expected = np.full((30, 30), 255)                       # 60 x 60 at half the size
+    expected[:25, 5:25] = 0
+    expected[:5, 5:25] = 1
+    assert np.array_equal(labels, expected)
+    row = np.asarray(image.convert("L"))[:, 15]
+    assert (row[:4] > 200).all() and (row[7:] < 60).all()
+
+
+GREY = np.zeros((40, 60), np.uint8)
+
+
+@pytest.mark.parametrize("mask, values, says", [
+    (np.zeros((40, 60, 3), np.uint8), [], "mode RGB"), (GREY.astype(np.uint16), [], "mode I;16"),
+    (GREY + 7, [], "value 7"), (GREY + 1, [0, 255], "value 1"), (GREY[1:], [], "(60, 39)"),
+    (None, [], "--values 0 255"), (None, [0], "--values"), (None, [0, 256], "--values")])
+def test_a_mask_of_anything_but_ids_is_one_sentence(mask, values, says, tmp_path, capsys):
+    options = write_pictures(tmp_path, ["a", "b", "c"])
+    if mask is not None:
+        Image.fromarray(mask).save(tmp_path / "masks" / "b.png")
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(run(*options, *(["--values", *values] if values else [])))
+    assert stop.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "classes.json").exists()
+    if values != [0, 255]:                                  # mended, the same folder is taken
+        write_pictures(tmp_path, ["a", "b", "c"])
+        assert run(*options, "--values", 0, 255) == 0
+
+
+@pytest.mark.parametrize("edit, says", [
+    (lambda folder: (folder / "masks" / "b.png").unlink(), "1 pictures"),
+    (lambda folder: (folder / "pictures" / "c.png").unlink(), "c: "),
+    (lambda folder: (folder / "pictures" / "b.jpg").touch(), "one name"),
+    (lambda folder: (folder / "pictures" / "b.png").write_bytes(b""), "b.png"),
+    (lambda folder: write_pictures(folder, ["walk_1", "walk_2"]), None),
+    (lambda folder: [path.unlink() for path in folder.glob("*/b.png")], "2 new groups")])
+def test_pictures_without_a_partner_or_too_few_are_one_sentence(edit, says, tmp_path, capsys):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    edit(tmp_path)
+    assert run(*options) == (2 if says else 0)
+    assert not says or says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "av", av, raising=False)
+    out = tmp_path / "standin"
+    options = ["--synthesize", "--out", out, "--frames", 1, "--size", 64, "--workers", 0]
+    assert [run(*options, "--clips", number) for number in (2, 2, 1)] == [0, 0, 2]
     assert "not SURREAL" in json.loads((out / "classes.json").read_text())["source"]
-    return out, Path(f"{out}-raw")
+    assert [len(frames(out, split)) for split in prepare.SPLITS] == [2, 2, 2]
 
 
-def test_rendered_files_are_surreals_and_the_same_for_any_workers(standin, tmp_path):
-    prepare.synthesize(tmp_path / "raw", 6, 4, 0, 2, None)
-    assert files(tmp_path / "raw") == files(standin[1])
-    assert len({path.name for path in standin[1].glob("*/run0/*/*.mp4")}) == 6 + 2 + 2
-    people = {(path.parts[-3], path.name[:3]) for path in standin[1].glob("*/run0/*")}
-    assert len(people) == len({person for _, person in people})     # nobody is in two splits
-    shapes = dict(
-        joints2D=(2, 24, 4), joints3D=(3, 24, 4), pose=(72, 4), zrot=(4, 1), camLoc=(3, 1),
-        shape=(10, 4), light=(9, 4), camDist=(1, 1), gender=(4, 1), stride=(1, 1), bg=(1, 4),
-        cloth=(1, 4), clipNo=(1, 1), sequence=(1,), source=(1,))
-    info = loadmat(next(standin[1].glob("val/run0/*/*_info.mat")))
-    assert {name: info[name].shape for name in shapes} == shapes
-    assert info["pose"].dtype == np.float32 and (info["joints2D"] % 1 == 0).all()
-    left, right = info["pose"].reshape(24, 3, 4)[18:20, 1]              # elbows bend forwards
-    assert (left <= 0).all() and (right >= 0).all() and (left < right).any()
-
-
-def test_rendered_joints_lie_on_their_parts_images_are_mirrored_and_heads_stray(standin):
-    near, strays = [], []
-    for path in standin[1].glob("*/run0/*/*_info.mat"):
-        info, masks = loadmat(path), loadmat(str(path).replace("_info", "_segm"))
-        for t in range(4):
-            mask, joints, solid = (masks[f"segm_{t + 1}"], info["joints2D"][:, :, t].T,
-                                   info["joints3D"][:, :, t].T)
-            assert mask.shape == (240, 320) and mask.dtype == np.uint8 and mask.max() <= 24
-            for joint, (x, y) in enumerate(joints.astype(int)):
-                around = mask[max(y - 4, 0):max(y + 5, 0), max(x - 4, 0):max(x + 5, 0)]
-                if np.isin(around, (joint + 1, prepare.MIRROR[joint + 1])).any():   # or its twin
-                    near.append((around == joint + 1).any())
-            # The camera's axes right, down, away: a matrix of determinant -1, as in SURREAL.
-            axes = np.linalg.lstsq(solid - solid[0], joints - joints[0])[0].T
-            assert np.linalg.det([*axes, solid[0] - info["camLoc"].ravel()]) < 0
-            for labels in (mask, prepare.repair_head(mask)):
-                components, _ = ndimage.label(labels == 16, np.ones((3, 3)))
-                sizes = np.bincount(components.ravel())[1:]
-                strays.append((5 * sizes < sizes.max(initial=0)).any())
-    assert np.mean(near) > 0.95 and len(near) > 300
-    assert any(strays[::2]) and not any(strays[1::2])
-
-
-def test_class_frequencies_are_roughly_the_papers(standin):
-    labels = [load(standin[0], split, name)[1]
-              for split in prepare.SPLITS for name in frames(standin[0], split)]
-    share = np.bincount(np.ravel(labels), minlength=256)[:25] / np.size(labels)
-    assert (share > 0).all()
-    for paper, *group in ((.87346, 0), (.01027, 13, 16), (.04316, 1, 4, 7, 10), (.00440, 14, 15),
-                          (.04395, 2, 3, 5, 6), (.01478, 17, 18, 19, 20), (.00611, 8, 9, 11, 12),
-                          (.00389, 21, 22, 23, 24)):
-        assert 0.4 < share[group].sum() / paper < 2.5, group
-
-
-def test_backgrounds_are_shared_among_the_splits(tmp_path):
+def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
+    photos, jobs = tmp_path / "photos", []
+    photos.mkdir()
     for i in range(12):
-        path = tmp_path / "photos" / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (330, 250), (20 * i, 250 - 20 * i, 90)).save(path)
-    prepare.synthesize(tmp_path / "raw", 3, 1, 0, 0, str(tmp_path / "photos"))
-    used = set()
-    for path in (tmp_path / "raw").rglob("*_info.mat"):
-        info = loadmat(path)
-        with av.open(str(path).replace("_info.mat", ".mp4")) as video:
-            red = next(video.decode(video=0)).to_ndarray(format="rgb24")[:9, :9, 0].mean()
-        photo = Path(info["bg"].item().item()).stem
-        assert abs(red - 20 * int(photo)) < 9 and info["joints2D"].shape == (2, 24)    # squeezed
-        used.add((path.parts[-4], photo))
-    assert len(used) == len({photo for _, photo in used})
+        (photos / f"{i:02d}.JPG").touch()
+    (tmp_path / "linked").symlink_to(photos)
+    monkeypatch.setattr(prepare, "make_clip", lambda *job: jobs.append(job))
+    prepare.synthesize(tmp_path / "raw", 20, 1, 0, 0, str(tmp_path / "linked"))
+    used = {(split, picture) for _, split, *_, picture in jobs}
+    assert [split for _, split, *_ in jobs] == ["train"] * 20 + ["val"] * 2 + ["test"] * 2
+    assert len(used) == len({picture for _, picture in used}) == 12
     with pytest.raises(prepare.Problem, match="10"):
         prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, str(tmp_path / "raw"))
