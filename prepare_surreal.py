@@ -60,6 +60,8 @@ GROUPS = {"Background": [0], "Head": [16], "Torso": [1, 4, 7, 10], "U.Legs": [2,
           "L.Legs": [5, 6], "Neck": [13], "Shoulder": [14, 15], "U.Arms": [17, 18],
           "L.Arms": [19, 20], "Feet": [8, 9], "Hands": [21, 22], "Fingers": [23, 24],
           "Toes": [11, 12]}     # columns of the paper's Tables 2 and 5
+SURREAL = dict(names=NAMES, palette=PALETTE, mirror=MIRROR, groups=GROUPS,
+               joint_mirror=[part - 1 for part in MIRROR[1:]])
 
 
 class Problem(Exception):
@@ -117,25 +119,22 @@ def crop_box(labels, margin):
     return *corner, side
 
 
-def cut_square(array, box, size, outside, method):
-    """The square `box` (x0, y0, side) of an array (H, W) or (H, W, 3) uint8, as an image of Pillow,
-    size x size. `outside` is the value around the array."""
-    x0, y0, side = box
-    whole = Image.fromarray(array)
-    square = Image.new(whole.mode, (side, side), outside)
-    square.paste(whole, (-x0, -y0))
-    return square.resize((size, size), method)
-
-
 def crop(image, labels, box, size):
-    """Cuts the square `box` out of image (H, W, 3) and labels (H, W), both uint8. Around the image
-    lie its mean colour and 255, which counts nowhere. Returns an RGB and a palette image."""
+    """Cuts the square `box` (x0, y0, side) out of image (H, W, 3) and labels (H, W), both uint8.
+
+    Around the image lie its mean colour and 255, which counts nowhere. Returns an RGB and a palette
+    image of Pillow, size x size.
+    """
+    x0, y0, side = box
     mean_colour = image.mean(axis=0).mean(axis=0).round().astype(int)
-    cropped = cut_square(image, box, size, tuple(mean_colour.tolist()), Image.Resampling.BICUBIC)
-    label = cut_square(labels, box, size, IGNORE, Image.Resampling.NEAREST)
+    square = Image.new("RGB", (side, side), tuple(mean_colour.tolist()))
+    square.paste(Image.fromarray(image), (-x0, -y0))
+    label = Image.new("L", (side, side), IGNORE)
+    label.paste(Image.fromarray(labels), (-x0, -y0))
+    label = label.resize((size, size), Image.NEAREST)       # a mean of two ids would be a third
     # All 256 colours, because a palette PNG of 16 or fewer would store 255 as 15.
     label.putpalette(sum(PALETTE, ()) + (128,) * 3 * (256 - len(PALETTE)))
-    return cropped, label
+    return square.resize((size, size), Image.BICUBIC), label
 
 
 def crop_frame(image, labels, joints, size, margin):
@@ -399,9 +398,8 @@ def prepare(args, settings):
     (out / "classes.json").unlink(missing_ok=True)          # from now on the folder is unfinished
     for split, kind in itertools.product(SPLITS, ("images", "labels")):
         os.makedirs(f"{out}/{split}/{kind}", exist_ok=True)
-    jobs = [(out, args.size, args.margin, split, folder, name, what)
-            for split, folder, name, what in chosen
-            if not os.path.exists(f"{parts}/{split}/{name}.json")]
+    jobs = [(out, args.size, args.margin, *job) for job in chosen
+            if not os.path.exists(f"{parts}/{job[0]}/{job[2]}.json")]
     write = convert if args.images else extract
     failed = [row for row in in_parallel(write, jobs, args.workers, "writing frames") if row]
     describe(args, settings, skipped + failed)
@@ -467,16 +465,15 @@ def describe(args, settings, skipped):
                       "need --values 0 255")
     draw_preview(out, frames)
     mean, std = statistics(colours)
-    classes = dict(names=names, size=args.size, pixels=pixels[:len(names)].tolist(),
-                   mean=mean.tolist(), std=std.tolist(), settings=settings)
+    classes = dict(size=args.size, pixels=pixels[:len(names)].tolist(), mean=mean.tolist(),
+                   std=std.tolist(), settings=settings)
     if args.images:
-        classes["source"] = f"own pictures, {args.images}"
+        classes |= dict(names=names, source=f"own pictures, {args.images}")
+    elif args.synthesize:
+        classes |= dict(SURREAL, source="rendered stand-in, not SURREAL")
     else:
-        joint_mirror = [part - 1 for part in MIRROR[1:]]
-        classes |= dict(palette=PALETTE, mirror=MIRROR, groups=GROUPS, joint_mirror=joint_mirror)
-        classes["source"] = f"SURREAL, run{args.run}; its left is the visible person's right"
-    if args.synthesize:
-        classes["source"] = "rendered stand-in, not SURREAL"
+        source = f"SURREAL, run{args.run}; its left is the visible person's right"
+        classes |= dict(SURREAL, source=source)
     write_json(out / "classes.json", classes, indent=1)
     left_out = [clip for clip, frame, _ in skipped if not frame]
     print(f"{out} is ready, preview.png shows some of it. {len(left_out)} clips or files were left "
@@ -994,7 +991,8 @@ def synthesize(raw, clips, frames, seed, workers, backgrounds):
     check_settings(raw, raw / "settings.json", settings)
     pictures = [None] * 10                      # for these make_clip makes backgrounds up
     if backgrounds:
-        paths = sorted(Path(path) for path in glob.glob(f"{backgrounds}/**/*", recursive=True))
+        paths = glob.glob("**/*", root_dir=backgrounds, recursive=True)     # linked folders too
+        paths = sorted(Path(backgrounds, path) for path in paths)
         pictures = [path for path in paths if path.suffix.lower() in PICTURES]
     if len(pictures) < 10:
         raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
