@@ -318,7 +318,7 @@ def choose(args):
         jobs = [(f"{folder}/{clip}_info.mat",) for clip, folder in folders.items()]
         read = in_parallel(read_poses, jobs, args.workers, f"reading poses of {split}")
         poses, frames = [np.zeros((0, 72))], []
-        for clip, (of_clip, problem) in zip(folders, read):
+        for (of_clip, problem), clip in zip(read, folders):
             poses.append(of_clip)
             frames += [(clip, t) for t in range(len(of_clip))]
             skipped += [(clip, "", problem)] if problem else []
@@ -329,8 +329,10 @@ def choose(args):
             raise Problem(f"--{split} {wanted}: there are {len(frames)} frames, and --pick cluster "
                           "takes a part of them: ask for fewer, or take --pick spread")
         rng = np.random.default_rng([args.seed, number])
+        rows = pick(np.concatenate(poses), wanted, how, clusters, rng)
+        print(f"{split}: {len(rows)} of {len(frames)} frames chosen, {wanted} wanted")
         times = collections.defaultdict(list)
-        for row in pick(np.concatenate(poses), wanted, how, clusters, rng):
+        for row in rows:
             clip, t = frames[row]
             times[clip].append(t)
         chosen += [(split, folders[clip], clip, times[clip]) for clip in times]
@@ -388,13 +390,14 @@ def prepare(args, settings):
     if args.images:                             # anew each time, so that pictures can be added
         chosen, skipped = choose_pictures(args)
         shutil.rmtree(parts, ignore_errors=True)
-    elif os.path.exists(f"{parts}/choice.json"):
-        _, chosen, skipped = read_json(f"{parts}/choice.json").values()
+        os.makedirs(parts)
     else:
-        chosen, skipped = choose(args)
-        choice = dict(settings=settings, chosen=chosen, skipped=skipped)
-        write_json(f"{parts}/choice.json", choice)
-    os.makedirs(parts, exist_ok=True)
+        if not os.path.exists(f"{parts}/choice.json"):
+            chosen, skipped = choose(args)
+            choice = dict(settings=settings, chosen=chosen, skipped=skipped)
+            write_json(f"{parts}/choice.json", choice)
+        choice = read_json(f"{parts}/choice.json")
+        chosen, skipped = choice["chosen"], choice["skipped"]
     (out / "classes.json").unlink(missing_ok=True)          # from now on the folder is unfinished
     for split, kind in itertools.product(SPLITS, ("images", "labels")):
         os.makedirs(f"{out}/{split}/{kind}", exist_ok=True)
@@ -553,7 +556,10 @@ def convert(out, size, margin, split, picture, frame, mask):
     of each class. Raises Problem for what is no mask of class ids."""
     path, values = mask
     try:
-        image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+        opened = Image.open(picture)
+        if opened.mode[0] in "IF":
+            raise ValueError("more than 8 bits a channel")
+        image = ImageOps.exif_transpose(opened).convert("RGB")
         stored = Image.open(path)
         indices = np.array(stored, np.uint8)    # of a palette mask, not its colours
     except Exception as error:                  # a broken file makes Pillow stumble in any way
