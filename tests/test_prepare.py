@@ -65,7 +65,9 @@ def write_clip(run, name, T, edit=lambda video, masks, info: None):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All but what a killed process was about to write."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def frames(out, split):
@@ -138,6 +140,13 @@ def raw(tmp_path_factory):
         os.truncate(f"{write_clip(train, f'50_02_c000{number}', 5)}{part}", 900)
     for number, (edit, _) in enumerate(DEFECTS, 1):
         write_clip(train, f"50_03_c000{number}", 5, edit)
+    video = Path(f"{write_clip(train, '50_04_c0001', 5)}.mp4")
+    with av.open(str(video)) as container:
+        third = list(container.demux(video=0))[2]
+    data = bytearray(video.read_bytes())
+    for i in range(third.pos + 5, third.pos + third.size):  # a decoder would conceal this
+        data[i] ^= 255
+    video.write_bytes(data)
     write_clip(train, "60_01_c0001", 9, spoil_frames)
     return raw
 
@@ -154,7 +163,7 @@ def prepared(raw, tmp_path_factory):
     environment = os.environ | dict(PYTHONPATH=os.path.dirname(prepare.__file__))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert " 17 clips" in done.stdout.splitlines()[-1]
+    assert " 18 clips" in done.stdout.splitlines()[-1]
     return out
 
 
@@ -163,7 +172,7 @@ def test_a_broken_clip_or_frame_costs_that_alone_and_has_its_reason(prepared):
     expected = [f"{clip}_{t:03d}" for clip, T in good.items() for t in range(1, T + 1)]
     expected += [f"60_01_c0001_00{t}" for t in (1, 8, 9)]
     assert frames(prepared, "train") == sorted(expected)
-    texts = {("02_01_c0003", ""): "also in val"}
+    texts = {("02_01_c0003", ""): "also in val", ("50_04_c0001", ""): "mp4"}
     for number, part in enumerate(("mp4", "segm", "info"), 1):
         texts[f"50_01_c000{number}", ""] = texts[f"50_02_c000{number}", ""] = part
     for number, (_, text) in enumerate(DEFECTS, 1):
