@@ -304,8 +304,10 @@ def select_clips(raw, run, exclude):
     for clip in list(found["test"]):
         if motion_of(clip) in near_val:
             del found["test"][clip]
-            also = clip in found["val"]
-            skipped.append((clip, "", "also in val" if also else "shares poses with a val clip"))
+            reason = "also in val" if clip in found["val"] else "shares poses with a val clip"
+            skipped.append((clip, "", reason))
+    if not all(found.values()):
+        raise Problem("no clip is left in one of the splits: --exclude less")
     return found, skipped
 
 
@@ -317,7 +319,7 @@ def choose(args):
         folders, wanted = clips[split], getattr(args, split)
         jobs = [(f"{folder}/{clip}_info.mat",) for clip, folder in folders.items()]
         read = in_parallel(read_poses, jobs, args.workers, f"reading poses of {split}")
-        poses, frames = [np.zeros((0, 72))], []
+        poses, frames = [], []
         for (of_clip, problem), clip in zip(read, folders):
             poses.append(of_clip)
             frames += [(clip, t) for t in range(len(of_clip))]
