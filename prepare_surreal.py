@@ -988,8 +988,10 @@ OPTIONS = [     # name, the modes it goes with, default, lowest value, help
     ("values", OWN, [], None, "of each class in the masks; default: 0 1 2 ..."),
 ]
 SPECIAL = dict(
-    pick=dict(choices=("spread", "cluster")), exclude=dict(nargs="+", action="extend"),
-    names=dict(nargs="+"), values=dict(nargs="+", type=int))
+    pick=dict(choices=("spread", "cluster")),
+    exclude=dict(nargs="+", type=str, action="extend"),
+    names=dict(nargs="+", type=str),
+    values=dict(nargs="+", type=int))
 
 
 def synthesize(raw, clips, frames, seed, workers, backgrounds):
@@ -1019,12 +1021,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     modes = parser.add_mutually_exclusive_group(required=True)
-    modes.add_argument("--raw", help="SURREAL's folder of train, val, test: SURREAL/data/cmu")
+    modes.add_argument("--raw", type=os.path.abspath,
+                       help="SURREAL's folder of train, val and test, usually SURREAL/data/cmu")
     modes.add_argument("--synthesize", action="store_true", help="render a stand-in into OUT-raw")
-    modes.add_argument("--images", help="your own pictures; folders in it are not entered")
+    modes.add_argument("--images", type=os.path.abspath,
+                       help="your own pictures; folders in it are not entered")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    for name, modes, default, lowest, text in OPTIONS:
-        kind = str if lowest is None else type(default)
+    for name, modes, default, _, text in OPTIONS:
+        kind = os.path.abspath if default is None else type(default)
         options = dict(type=kind, default=default, help=f"{text} (with {modes})")
         parser.add_argument(f"--{name}", **options | SPECIAL.get(name, {}))
     args = parser.parse_args(argv)
@@ -1036,9 +1040,10 @@ def parse(argv):
         if lowest is not None and not value >= lowest:      # nan is not either
             parser.error(f"--{name} has to be {lowest} or more")
     args.values = args.values or list(range(len(args.names)))
-    distinct = set(args.values) & set(range(256))
-    if args.images and not (args.masks and 2 <= len(args.names) == len(distinct) < 256):
+    if args.images and not (args.masks and 2 <= len(args.names) == len(args.values) < 256):
         parser.error("--images needs --masks, --names (2 to 255), and as many --values, if any")
+    if len(set(args.values) & set(range(256))) < len(args.values):
+        parser.error("--values are different numbers from 0 to 255")
     return args
 
 

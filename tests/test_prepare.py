@@ -494,6 +494,8 @@ def test_pictures_are_upright_and_palettes_are_ids(tmp_path):
     (LEFT[1:], [], "(60, 39)"),
     (LEFT, [], "--values 0 255"),
     (LEFT, [0], "--values"),
+    (LEFT, [0, 0, 255], "--values"),
+    (LEFT, [0, 0], "--values"),
     (LEFT, [0, 256], "--values")])
 def test_a_mask_of_anything_but_ids_is_one_sentence(mask, values, says, tmp_path, capsys):
     options = write_pictures(tmp_path, ["a", "b", "c"])
