@@ -502,8 +502,9 @@ def list_files(folder, endings):
 
 def groups_of(frames):
     """{frame: group}, the group being the frame's name without its number, or SURREAL's sequence:
-    "walk" for walk_001, "01_01" for 01_01_c0001_037. Where all are one group, each is its own."""
-    groups = {frame: re.sub(r"(_c\d{4})?_\d+$", "", frame) for frame in frames}
+    "walk" for walk_0001, "01_01" for 01_01_c0001_037 and its twin ung_01_01_c0001_037. Where all
+    are one group, each is its own."""
+    groups = {frame: re.sub(r"^ung_|(_c\d{4})?_\d+$", "", frame) for frame in frames}
     if len(set(groups.values())) == 1:
         return {frame: frame for frame in frames}
     return groups
@@ -543,7 +544,7 @@ def choose_pictures(args):
         raise Problem(f"{len(lonely)} pictures have no mask or masks no picture, the first is "
                       f"{lonely[0]}: a mask has its picture's name, and ends in .png")
     splits = split_frames(pictures, args.out)
-    for path in args.out.glob("*/*/*"):
+    for path in [*args.out.glob("*/images/*"), *args.out.glob("*/labels/*")]:
         if path.stem not in pictures:
             path.unlink()
     chosen = []

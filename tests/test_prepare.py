@@ -542,3 +542,9 @@ def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
     assert len(used) == len({picture for _, picture in used})
     with pytest.raises(prepare.Problem, match="10"):
         prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, f"{tmp_path}/raw")
+
+
+def test_groups_are_names_without_their_number_or_surreals_sequences():
+    names = ["walk_0001", "walk_7", "x", "01_01_c0001_037", "ung_01_01_c0002_001"]
+    assert [*prepare.groups_of(names).values()] == ["walk", "walk", "x", "01_01", "01_01"]
+    assert prepare.groups_of(names[:2]) == {"walk_0001": "walk_0001", "walk_7": "walk_7"}
