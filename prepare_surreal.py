@@ -20,11 +20,13 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import unicodedata
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -323,7 +325,8 @@ def choose(args):
         for (of_clip, problem), clip in zip(read, folders):
             poses.append(of_clip)
             frames += [(clip, t) for t in range(len(of_clip))]
-            skipped += [(clip, "", problem)] if problem else []
+            if problem:
+                skipped.append((clip, "", problem))
         how, clusters = args.pick, args.clusters
         if split == "val":                      # spread over its clips, as if all were one cluster
             how, clusters = "spread", 1
@@ -342,12 +345,22 @@ def choose(args):
 
 
 # ------ The prepared folder
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def start_worker():
+    """Workers ignore Ctrl-C, which reaches them too, because the main process ends them. They watch
+    the main process, because one that is killed would leave them waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def in_parallel(function, jobs, workers, what):
     """Yields function(*job) for all jobs, in order, from `workers` processes (0: from this one),
     and shows a bar; without a terminal, a line every half minute."""
-    # Workers ignore Ctrl-C, which reaches them too; this process ends them.
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(workers or 1, **quiet) as pool:
+    with ProcessPoolExecutor(workers or 1, initializer=start_worker) as pool:
         results = pool.map(function, *zip(*jobs)) if workers else itertools.starmap(function, jobs)
         pause = 0.2 if sys.stderr.isatty() else 30
         yield from tqdm(results, what, len(jobs), mininterval=pause)

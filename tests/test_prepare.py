@@ -257,12 +257,14 @@ def test_a_folder_is_never_overwritten(raw, prepared, tmp_path, capsys):
 def test_killed_or_interrupted_it_goes_on_and_ends_with_the_same_files(raw, prepared, tmp_path):
     out = tmp_path / "surreal"
     command = [sys.executable, prepare.__file__, "--raw", raw, "--out", out, "--size", "64"]
-    for number, status, records in ((signal.SIGKILL, -9, 2), (signal.SIGINT, 130, 4)):
+    for end, number, status, records in ((os.kill, signal.SIGTERM, -15, 2),
+                                         (os.killpg, signal.SIGKILL, -9, 3),
+                                         (os.killpg, signal.SIGINT, 130, 4)):
         process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, text=True,
                                    stderr=subprocess.PIPE)
         while process.poll() is None and len(list(out.glob(".parts/*/*.json"))) < records:
             time.sleep(0.002)
-        os.killpg(process.pid, number)                      # to its workers too, as Ctrl-C
+        end(process.pid, number)                            # killpg: its workers too, as Ctrl-C
         errors = process.communicate()[1]                   # ends when no worker is left
         assert process.returncode in (status, 0)
         assert "Traceback" not in errors
