@@ -1,28 +1,36 @@
-"""From raw SURREAL clips to the images, labels and joints that train.py reads.
+"""From raw SURREAL clips, or from your own pictures, to the folder that train.py reads.
 
-The procedure of the paper (Borrego Carazo, 2018, Section 2.2) on SURREAL (arXiv 1701.01370): frames
-chosen by k-means on their 3D joints, stray head labels refilled, a square crop around the person.
-The paper takes one cluster of poses, as `--pick cluster` does; here every cluster gives the same
-number of frames, and no clip of val enters test. skipped.csv lists broken clips and frames, which
-are left out. The same command continues a stopped run; classes.json comes last. The second half
-of this file renders a stand-in, in SURREAL's layout, for those who do not have SURREAL.
+For SURREAL (arXiv 1701.01370) this is the procedure of the paper (Borrego Carazo, 2018, Section
+2.2): choose frames by k-means on their 3D joints, give stray head labels back to the torso, cut out
+a square around the person. Differs from the paper: it takes the frames of one cluster of poses
+(`--pick cluster`), here every cluster gives the same number; and no test clip shares poses with a
+clip of val. For your own pictures, masks of class ids become labels (`--images`).
+
+What could not be used is listed in skipped.csv with its reason, and classes.json is written last.
+A command that was stopped goes on when it is repeated. The last part of this file renders a
+stand-in in SURREAL's layout, for those who do not have SURREAL.
 """
 import argparse
+import collections
 import csv
+import fnmatch
 import functools
 import glob
+import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
@@ -32,11 +40,16 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 HEAD, IGNORE = 16, 255                          # IGNORE labels what lies outside the frame
 HEIGHT, WIDTH, FOCAL = 240, 320, 600.0          # SURREAL's frames; their principal point: 160, 120
+# Clips of 100 frames begin 50, 30 or 70 frames after one another in run0, run1 and run2, so clips
+# whose numbers differ by at most this much share poses.
+SHARING = (1, 3, 1)
 
 # SURREAL's labels: 0, then the SMPL joint's number + 1. Its images are mirrored: what it calls
 # "left" is on the visible person's right; labels and joints agree, so the names stay as they are.
+# This file imports nothing of ours, so NAMES and Problem stand in evaluate.py as well.
 NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot
     spine2 leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm
     leftForeArm rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()
@@ -49,89 +62,118 @@ GROUPS = {"Background": [0], "Head": [16], "Torso": [1, 4, 7, 10], "U.Legs": [2,
           "L.Legs": [5, 6], "Neck": [13], "Shoulder": [14, 15], "U.Arms": [17, 18],
           "L.Arms": [19, 20], "Feet": [8, 9], "Hands": [21, 22], "Fingers": [23, 24],
           "Toes": [11, 12]}     # columns of the paper's Tables 2 and 5
+SURREAL = dict(names=NAMES, palette=PALETTE, mirror=MIRROR, groups=GROUPS,
+               joint_mirror=[part - 1 for part in MIRROR[1:]])
 
 
 class Problem(Exception):
     """What the user can mend, in one sentence."""
 
 
-# ------ One frame, one clip. What cannot be used raises ValueError.
+# ------ One frame. What cannot be used raises ValueError.
 def repair_head(labels):
-    """A copy of labels (H, W) uint8 without SURREAL's stray head labels (paper, Section 2.2).
-    Stray are the 8-connected components of the head smaller than a fifth of the largest (SURREAL's
-    reach 4.5 %). The paper refills all but the largest, but a hand across the face splits a true
-    head in two. A pixel gets the most common label of its 8 neighbours, from the border of the
-    component inward; body parts come before background, the lower id where two are as common."""
+    """Refills SURREAL's stray head labels (paper, Section 2.2); labels (H, W) uint8, as returned.
+
+    SURREAL shows spots of head on chest and pelvis. Stray are the 8-connected components of the
+    head that are smaller than a fifth of the largest (SURREAL's strays reach 4.5 % of it). The
+    paper refills all but the largest, but a hand across the face splits a true head in two.
+    A pixel gets the most common label of its 8 neighbours, from the border of the component inward.
+    Body parts come before background, and the lower id where two are as common: neighbours
+    0 0 0 0 0 10 10 7 make it 10.
+    """
     components, _ = ndimage.label(labels == HEAD, np.ones((3, 3)))
     sizes = np.bincount(components[components > 0], minlength=1)
-    stray = (0 < sizes) & (5 * sizes < sizes.max())
-    rows, columns = np.nonzero(np.pad(stray[components], 1))
+    stray = 5 * sizes < sizes.max()
+    stray[0] = False                            # component 0 is everything but the head
     padded = np.pad(labels, 1, constant_values=IGNORE)
-    padded[rows, columns] = IGNORE
-    while len(rows):
-        neighbours = np.stack([padded[rows + dy, columns + dx]
-                               for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
-        votes = (neighbours[..., None] == np.arange(len(NAMES))).sum(axis=0)    # (pixels, 25)
-        votes[:, 1:] *= 10                              # one body part outvotes 8 x background
-        border = votes.any(axis=1)
-        padded[rows[border], columns[border]] = votes[border].argmax(axis=1)
-        rows, columns = rows[~border], columns[~border]
-    return padded[1:-1, 1:-1]
+    inside = padded[1:-1, 1:-1]                 # a view: what is written there is in padded too
+    inside[stray[components]] = IGNORE          # IGNORE has no vote, and is refilled below
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))          # (H, W, 3, 3)
+    while (inside == IGNORE).any():
+        unknown = inside == IGNORE
+        neighbours = windows[unknown].reshape(-1, 9, 1)
+        votes = (neighbours == np.arange(len(NAMES))).sum(axis=1)               # (pixels, 25)
+        votes[:, 1:] *= 10                      # one body part outvotes 8 x background
+        inside[unknown] = np.where(votes.any(axis=1), votes.argmax(axis=1), IGNORE)
+    return inside
 
 
 def crop_box(labels, margin):
-    """The square (x0, y0, side) in whole pixels: the tight box of the labels (H, W), `margin` added
-    on each side, squared to the longer side, shifted, not shrunk, into the frame where it fits."""
-    lines = [np.flatnonzero(labels.any(axis=axis)) for axis in (0, 1)]          # columns, rows
-    if np.count_nonzero(labels) < 200 or min(map(np.ptp, lines)) + 1 < 16:
-        raise ValueError("no person, or one of fewer than 200 pixels, or narrower than 16")
-    side = round((max(map(np.ptp, lines)) + 1) * (1 + 2 * margin))
+    """The square (x0, y0, side), in whole pixels, around the person in labels (H, W).
+
+    It is the tight box of the labels that are not 0, with `margin` (a share of the box) added on
+    each side, squared to the longer side. It is shifted, not shrunk, into the frame where it fits:
+    a box of 50 x 100 with a margin of 0.1 gives a side of 120.
+    """
+    if np.count_nonzero(labels) < 200:
+        raise ValueError("no person, or one of fewer than 200 pixels")
+    columns = np.flatnonzero(labels.any(axis=0))
+    rows = np.flatnonzero(labels.any(axis=1))
+    extents = np.ptp(columns) + 1, np.ptp(rows) + 1
+    if min(extents) < 16:
+        raise ValueError("a person narrower than 16 pixels, though of 200 or more")
+    side = round(max(extents) * (1 + 2 * margin))
     corner = []
-    for line, length in zip(lines, labels.shape[::-1]):
+    for line, length in zip((columns, rows), labels.shape[::-1]):
         centred = (line[0] + line[-1] + 1 - side) // 2
-        corner.append(int(np.clip(centred, min(0, length - side), max(0, length - side))))
+        room = length - side                    # negative: the frame lies inside the square
+        corner.append(int(np.clip(centred, min(0, room), max(0, room))))
     return *corner, side
 
 
+def crop(image, labels, box, size):
+    """Cuts the square `box` (x0, y0, side) out of image (H, W, 3) and labels (H, W), both uint8.
+
+    Around the image lie its mean colour and 255, which counts nowhere. Returns an RGB and a palette
+    image of Pillow, size x size.
+    """
+    x0, y0, side = box
+    mean_colour = image.mean(axis=0).mean(axis=0).round().astype(int)
+    square = Image.new("RGB", (side, side), tuple(mean_colour.tolist()))
+    square.paste(Image.fromarray(image), (-x0, -y0))
+    label = Image.new("L", (side, side), IGNORE)
+    label.paste(Image.fromarray(labels), (-x0, -y0))
+    label = label.resize((size, size), Image.NEAREST)       # a mean of two ids would be a third
+    # All 256 colours, because a palette PNG of 16 or fewer would store 255 as 15.
+    label.putpalette(sum(PALETTE, ()) + (128,) * 3 * (256 - len(PALETTE)))
+    return square.resize((size, size), Image.BICUBIC), label
+
+
 def crop_frame(image, labels, joints, size, margin):
-    """Repairs and crops one frame: image (H, W, 3) uint8, labels (H, W), joints (24, 2), x then y.
-    Returns an RGB and a palette image of Pillow, size x size, and the joints (24, 2) in them."""
+    """Checks, repairs and crops one frame: image (H, W, 3) uint8, labels (H, W), joints (24, 2).
+
+    Returns an RGB and a palette image of Pillow, size x size, and the joints (24, 2) in them.
+    """
     whole = labels.astype(np.uint8)
     if labels.shape != image.shape[:2] or (whole != labels).any() or whole.max() >= len(NAMES):
         raise ValueError("the mask has another size than the video, or values other than 0 to 24")
     if not np.isfinite(joints).all() or not joints.any():
         raise ValueError("joints all zero or not finite")
-    labels = repair_head(whole)
-    x0, y0, side = crop_box(labels, margin)
-    mean_colour = tuple(image.mean(axis=0).mean(axis=0).round().astype(int).tolist())
-    crops = []
-    for array, outside, method in ((image, mean_colour, Image.Resampling.BICUBIC),
-                                   (labels, IGNORE, Image.Resampling.NEAREST)):
-        array = Image.fromarray(array)
-        square = Image.new(array.mode, (side, side), outside)
-        square.paste(array, (-x0, -y0))
-        crops.append(square.resize((size, size), method))
-    # All 256 colours, because a palette PNG of 16 or fewer would store 255 as 15.
-    crops[1].putpalette(sum(PALETTE, ()) + (128,) * 3 * (256 - len(PALETTE)))
+    repaired = repair_head(whole)
+    *corner, side = crop_box(repaired, margin)
     # SURREAL measures from the frame's corner: its first pixel's centre is at 0.5 there, at 0 here.
-    return *crops, (joints - (x0, y0)) * (size / side) - 0.5
+    # In a square of 64 cut from x0 = 10 to 42, its joint 11.0 lies at (11 - 10) * 64 / 32 - 0.5.
+    moved = (joints - corner) * (size / side) - 0.5
+    return *crop(image, repaired, (*corner, side), size), moved
 
 
+# ------ One clip
 def read_joints(path):
     """joints2D and joints3D of an info.mat side by side, (T, 24, 2 + 3) float32, pixels and metres.
     A clip of one frame has them squeezed, (2, 24) and (3, 24)."""
     mat = loadmat(str(path), variable_names=["joints2D", "joints3D"])
-    return np.concatenate([np.atleast_3d(mat[name]).transpose(2, 1, 0).astype(np.float32)
-                           for name in ("joints2D", "joints3D")], axis=2)
+    both = [np.atleast_3d(mat[name]) for name in ("joints2D", "joints3D")]      # (2 or 3, 24, T)
+    return np.concatenate(both).transpose(2, 1, 0).astype(np.float32)
 
 
 def decode(path, times, length):
     """Yields images (H, W, 3) uint8 of a video of `length` frames. times: their numbers, from 0 and
     ascending. Label t belongs to image t, so a frame that the decoder drops must be noticed: the
     t-th frame decoded has to carry the t-th time stamp of the file."""
+    import av                                   # here, since those without videos do not need it
     with av.open(str(path)) as container:
         decoder = container.streams.video[0].codec_context
-        decoder.thread_count = 1                        # clips are decoded side by side already
+        decoder.thread_count = 1                # clips are decoded side by side already
         decoder.options = {"err_detect": "explode"}
         packets = [packet for packet in container.demux(video=0) if packet.size]
         stamps = sorted(packet.pts for packet in packets)
@@ -146,113 +188,182 @@ def decode(path, times, length):
                 yield frame.to_ndarray(format="rgb24", threads=1)
 
 
+def write_record(out, split, name, crops, skipped):
+    """Writes the crops [(frame, image, label, joints)] of a clip and then, as the mark that it is
+    done, a record. Its histograms of red, green, blue and label add up to a split's statistics."""
+    record = dict(frames=[], joints=[], skipped=skipped)
+    histogram = np.zeros(4 * 256, int)
+    for frame, image, label, joints in crops:
+        image.save(f"{out}/{split}/images/{frame}.jpg", quality=95)
+        label.save(f"{out}/{split}/labels/{frame}.png")
+        histogram += image.histogram() + label.histogram()
+        record["frames"].append(frame)
+        record["joints"].append(joints)
+    record["histogram"] = histogram.tolist()
+    write_json(f"{out}/.parts/{split}/{name}.json", record)
+
+
 def extract(out, size, margin, split, folder, clip, times):
-    """Writes the frames of one clip at the ascending times and then, as the mark that it is done, a
-    record. Its histograms, of red, green, blue and label, add up to the statistics of the split."""
-    crops, record = [], dict(frames=[], joints=[], skipped=[], histogram=[0] * 4 * 256)
+    """Writes the frames of one clip at the ascending times. Returns why the clip is left out, or
+    None. A clip that is left out has no record, so the same command tries it again."""
+    crops, skipped = [], []
     try:
-        joints = read_joints(folder / f"{clip}_info.mat")[:, :, :2]
+        joints = read_joints(f"{folder}/{clip}_info.mat")[:, :, :2]
         masks = loadmat(f"{folder}/{clip}_segm.mat")
         if f"segm_{len(joints)}" not in masks or f"segm_{len(joints) + 1}" in masks:
             raise ValueError(f"different length: not as many masks as joints, {len(joints)}")
-        for t, image in zip(times, decode(folder / f"{clip}.mp4", times, len(joints))):
+        for t, image in zip(times, decode(f"{folder}/{clip}.mp4", times, len(joints))):
+            mask = masks[f"segm_{t + 1}"]
             try:
-                mask = masks[f"segm_{t + 1}"]
-                crops.append((t, *crop_frame(image, mask, joints[t], size, margin)))
+                *pair, moved = crop_frame(image, mask, joints[t], size, margin)
+                crops.append((f"{clip}_{t + 1:03d}", *pair, moved.tolist()))
             except ValueError as error:
-                record["skipped"].append((clip, t + 1, str(error)))
+                skipped.append((clip, t + 1, str(error)))
     except Exception as error:              # a broken file makes its reader stumble in any way
-        crops, record["skipped"] = [], [(clip, "", f"segm.mat or mp4: {error!r}")]
-    for t, image, labels, moved in crops:
-        frame = f"{clip}_{t + 1:03d}"
-        image.save(out / split / "images" / f"{frame}.jpg", quality=95)
-        labels.save(out / split / "labels" / f"{frame}.png")
-        record["frames"].append(frame)
-        record["joints"].append(moved.tolist())
-        counts = image.histogram() + labels.histogram()
-        record["histogram"] = np.add(record["histogram"], counts).tolist()
-    write_whole(out / ".parts" / split / f"{clip}.json", json.dumps(record).encode())
+        return clip, "", f"segm.mat or mp4: {error!r}"
+    write_record(out, split, clip, crops, skipped)
 
 
 # ------ Which frames
 def read_poses(path):
-    """A clip's poses (T, 72) float32, the pelvis at 0, and None or why there are none."""
+    """A clip's poses (T, 72) float32 in metres, the pelvis at 0, and None or why it has none."""
     try:
         joints = read_joints(path)[:, :, 2:]
         return np.nan_to_num(joints - joints[:, :1]).clip(-9, 9).reshape(-1, 72), None
     except Exception as error:              # a broken file makes its reader stumble in any way
-        return np.zeros((0, 72), np.float32), f"info.mat: {error!r}"
+        return np.zeros((0, 72), np.float32), f"info.mat: {error!r}; it had no part in the choice"
 
 
 def pick(poses, wanted, how, clusters, rng):
     """Rows (ascending) to take of the frames with these poses (N, 72), which lie clip by clip.
-    "spread": the same number from each cluster, as far as it has them, evenly over its frames;
-    "cluster": the one cluster whose size is nearest to `wanted`."""
+
+    how: "spread" takes the same number from each cluster, as far as it has them, evenly over its
+    frames: 90 of clusters of 10, 50 and 60 are 10, 40 and 40. "cluster" takes the one cluster whose
+    size is nearest to `wanted`.
+    """
     if not 0 < wanted < len(poses):
         return np.arange(min(wanted, len(poses)))
     # Neighbouring frames are so alike that more than 200,000 poses would hardly move the centres.
     few = poses[rng.choice(len(poses), min(len(poses), 200_000), replace=False)]
     centres, _ = kmeans2(few, min(clusters, len(few)), iter=30, minit="++", rng=rng)
-    cluster, _ = vq(poses, centres)
-    members = sorted((np.flatnonzero(cluster == k) for k in np.unique(cluster)), key=len)
+    nearest, _ = vq(poses, centres)
+    members = [np.flatnonzero(nearest == number) for number in np.unique(nearest)]
     if how == "cluster":
-        return min(members, key=lambda rows: abs(len(rows) - wanted))
-    taken = []
-    for i, rows in enumerate(members):              # what small clusters lack, the larger ones give
-        count = min(len(rows), (wanted - sum(map(len, taken))) // (len(members) - i))
-        taken.append(rows[((np.arange(count) + rng.random()) * len(rows) / count).astype(int)])
+        return min(sorted(members, key=len), key=lambda rows: abs(len(rows) - wanted))
+    taken, missing = [], wanted
+    # Small clusters come first, so that the larger ones can give what these lack.
+    for i, rows in enumerate(sorted(members, key=len)):
+        share = missing // (len(members) - i)
+        count = min(len(rows), share)
+        positions = (np.arange(count) + rng.random()) * len(rows) / count
+        taken.append(rows[positions.astype(int)])
+        missing -= count
     return np.sort(np.concatenate(taken))
 
 
+def motion_of(clip):
+    """Motion and number of a clip: ("01_01", 3) for 01_01_c0003 and for ung_01_01_c0003, since
+    SURREAL has the same captured motion with and without `ung_`."""
+    match = re.fullmatch(r"(?:ung_)?(.+?)(?:_c(\d+))?", clip)
+    return match[1], int(match[2] or 0)
+
+
+def find_clips(top):
+    """{clip: folder} of all clips below `top` of which there is an mp4, a segm.mat or an info.mat.
+    glob enters linked folders, which rglob does not, and passes over the "._*" files of macOS."""
+    clips = {}
+    for path in glob.glob("**/*.m*", root_dir=top, recursive=True):
+        match = re.fullmatch(r"(.*?)([^/\\]+)(\.mp4|_segm\.mat|_info\.mat)", path)
+        if match:
+            clips[match[2]] = f"{top}/{match[1]}"
+    if not clips:
+        raise Problem(f"there are no clips in {top}: --raw is usually SURREAL/data/cmu")
+    return dict(sorted(clips.items()))
+
+
+def select_clips(raw, run, exclude):
+    """The clips {split: {clip: folder}} that frames may come from, and rows of skipped.csv.
+
+    Training keeps the network with the best score on val, so no clip of test may share poses with
+    one of val. In SURREAL's run0, of 3,814 test clips 173 are in val as well, 268 are next to a val
+    clip of their sequence, and 85 are it or next to it in the sequence's twin, `ung_` or not.
+    """
+    found = {split: find_clips(f"{raw}/{split}/run{run}") for split in SPLITS}
+    everything = set().union(*found.values())
+    excluded = set()
+    for pattern in exclude:
+        matching = fnmatch.filter(everything, pattern)
+        if not matching:
+            raise Problem(f"--exclude {pattern} matches no clip")
+        excluded.update(matching)
+    for clips, clip in itertools.product(found.values(), excluded):
+        clips.pop(clip, None)
+    skipped = [(clip, "", "excluded") for clip in excluded]
+    near_val = set()
+    for motion, number in map(motion_of, found["val"]):
+        for step in range(-SHARING[run], SHARING[run] + 1):
+            near_val.add((motion, number + step))
+    for clip in list(found["test"]):
+        if motion_of(clip) in near_val:
+            del found["test"][clip]
+            reason = "also in val" if clip in found["val"] else "shares poses with a val clip"
+            skipped.append((clip, "", reason))
+    if not all(found.values()):
+        raise Problem("no clip is left in one of the splits: --exclude less")
+    return found, skipped
+
+
 def choose(args):
-    """The frames [(split, folder, clip, [t, ...])] to take from below RAW; rows of skipped.csv."""
-    clips, skipped, found = [], [], {}
-    for split in ("val", "train", "test"):          # val before test, which leaves its clips out
-        run = Path(args.raw, split, f"run{args.run}")
-        if not run.is_dir():
-            raise Problem(f"there is no folder {run}: --raw is usually SURREAL/data/cmu")
-        paths = [run / path for ending in (".mp4", "_segm.mat", "_info.mat")    # but no "._*"
-                 for path in sorted(glob.glob(f"**/*{ending}", root_dir=run, recursive=True))]
-        found[split] = {path.stem.removesuffix("_segm").removesuffix("_info"): path.parent
-                        for path in paths}
-        for clip, folder in sorted(found[split].items()):
-            if any(folder.match(name) or (folder / clip).match(name) for name in args.exclude):
-                skipped.append((clip, "", "excluded"))
-            elif split == "test" and clip in found["val"]:
-                skipped.append((clip, "", "also in val"))
-            else:
-                clips.append((split, folder, clip))
-    jobs = [(folder / f"{clip}_info.mat",) for _, folder, clip in clips]
-    read = list(in_parallel(read_poses, jobs, args.workers, "reading poses"))
-    skipped += [(clip, "", why) for (_, why), (_, _, clip) in zip(read, clips) if why]
-    times = [[] for _ in clips]
+    """The frames [(split, folder, clip, [t, ...])] to take, and rows of skipped.csv."""
+    clips, skipped = select_clips(args.raw, args.run, args.exclude)
+    chosen = []
     for number, split in enumerate(SPLITS):
-        of_split = [i for i, clip in enumerate(clips) if clip[0] == split]
-        frames = [(i, t) for i in of_split for t in range(len(read[i][0]))]
-        poses = np.concatenate([read[i][0] for i in of_split] or [np.zeros((0, 72))])
-        how, clusters = ("spread", 1) if split == "val" else (args.pick, args.clusters)
+        folders, wanted = clips[split], getattr(args, split)
+        jobs = [(f"{folder}/{clip}_info.mat",) for clip, folder in folders.items()]
+        read = in_parallel(read_poses, jobs, args.workers, f"reading poses of {split}")
+        poses, frames = [], []
+        for (of_clip, problem), clip in zip(read, folders):
+            poses.append(of_clip)
+            frames += [(clip, t) for t in range(len(of_clip))]
+            if problem:
+                skipped.append((clip, "", problem))
+        how, clusters = args.pick, args.clusters
+        if split == "val":                      # spread over its clips, as if all were one cluster
+            how, clusters = "spread", 1
+        if how == "cluster" and wanted > len(frames):
+            raise Problem(f"--{split} {wanted}: there are {len(frames)} frames, and --pick cluster "
+                          "takes a part of them: ask for fewer, or take --pick spread")
         rng = np.random.default_rng([args.seed, number])
-        for row in pick(poses, getattr(args, split), how, clusters, rng):
-            i, t = frames[row]
-            times[i].append(t)
-    return [(*clip, chosen) for clip, chosen in zip(clips, times) if chosen], skipped
+        rows = pick(np.concatenate(poses), wanted, how, clusters, rng)
+        print(f"{split}: {len(rows)} of {len(frames)} frames chosen, {wanted} wanted")
+        times = collections.defaultdict(list)
+        for row in rows:
+            clip, t = frames[row]
+            times[clip].append(t)
+        chosen += [(split, folders[clip], clip, times[clip]) for clip in times]
+    return chosen, skipped
 
 
 # ------ The prepared folder
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def start_worker():
-    """Workers ignore Ctrl-C and exit with their parent."""
+    """Workers ignore Ctrl-C, which reaches them too, because the main process ends them. They watch
+    the main process, because one that is killed would leave them waiting for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def in_parallel(function, jobs, workers, what):
-    """Yields function(*job) for all jobs, in order, from `workers` processes (0: from this one; at
-    most 61, for Windows), and shows a bar; without a terminal, a line every half minute."""
-    with ProcessPoolExecutor(min(workers, 61) or 1, initializer=start_worker) as pool:
-        results = pool.map(function, *zip(*jobs)) if workers else (function(*j) for j in jobs)
-        yield from tqdm(results, what, len(jobs), unit=" clips",
-                        mininterval=0.2 if sys.stderr.isatty() else 30)
+    """Yields function(*job) for all jobs, in order, from `workers` processes (0: from this one),
+    and shows a bar; without a terminal, a line every half minute."""
+    with ProcessPoolExecutor(workers or 1, initializer=start_worker) as pool:
+        results = pool.map(function, *zip(*jobs)) if workers else itertools.starmap(function, jobs)
+        pause = 0.2 if sys.stderr.isatty() else 30
+        yield from tqdm(results, what, len(jobs), mininterval=pause)
 
 
 def write_whole(path, data):
@@ -263,60 +374,228 @@ def write_whole(path, data):
     os.replace(temporary, path)
 
 
+def write_json(path, content, indent=None):
+    write_whole(Path(path), (json.dumps(content, indent=indent) + "\n").encode())
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def check_settings(folder, note, settings):
     """Raises Problem if `folder` was made with other settings, as its JSON file `note` tells, or if
-    it holds other files. The folder .parts may be there without a note, after an early kill."""
+    it holds other files. A folder with .parts is ours, even if an early kill left no note."""
     if note.exists():
-        found = json.loads(note.read_text(encoding="utf-8")).get("settings", {})
+        found = read_json(note).get("settings", {})
         differing = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
         if differing:
             raise Problem(f"{folder} was made with {differing}: name another --out or remove it")
-    elif folder.exists() and any(path.name != ".parts" for path in folder.iterdir()):
+    elif folder.exists() and ".parts" not in os.listdir(folder) != []:
         raise Problem(f"{folder} holds other files: name another --out, a new or an empty folder")
 
 
 def prepare(args, settings):
-    """Prepares args.raw into args.out, or goes on with it. Raises Problem."""
-    out, parts = args.out, args.out / ".parts"
-    chosen, skipped = choose(args)
-    write_whole(parts / "settings.json", json.dumps(dict(settings=settings)).encode())
-    for split in SPLITS:
-        for folder in ("images", "labels"):
-            (out / split / folder).mkdir(parents=True, exist_ok=True)
+    """Prepares the clips, or pictures, of `args` into args.out, or goes on with it. Raises Problem.
+
+    The choice of frames is stored, so that clips that arrive later do not mix two choices. While
+    there are clips that failed, .parts stays: the same command tries them again.
+    """
+    out, parts = args.out, f"{args.out}/.parts"
+    if args.images:                             # anew each time, so that pictures can be added
+        chosen, skipped = choose_pictures(args)
+        shutil.rmtree(parts, ignore_errors=True)
+        os.makedirs(parts)
+    else:
+        if not os.path.exists(f"{parts}/choice.json"):
+            chosen, skipped = choose(args)
+            choice = dict(settings=settings, chosen=chosen, skipped=skipped)
+            write_json(f"{parts}/choice.json", choice)
+        choice = read_json(f"{parts}/choice.json")
+        chosen, skipped = choice["chosen"], choice["skipped"]
+    (out / "classes.json").unlink(missing_ok=True)          # from now on the folder is unfinished
+    for split, kind in itertools.product(SPLITS, ("images", "labels")):
+        os.makedirs(f"{out}/{split}/{kind}", exist_ok=True)
     jobs = [(out, args.size, args.margin, *job) for job in chosen
-            if not (parts / job[0] / f"{job[2]}.json").exists()]
-    list(in_parallel(extract, jobs, args.workers, "writing frames"))
-    for split in reversed(SPLITS):                  # train comes last: its frames are used below
-        frames, joints, histogram = [], [], np.zeros(4 * 256, int)
-        for path in sorted((parts / split).glob("*.json")):
-            record = json.loads(path.read_text())
-            frames += record["frames"]
-            joints += record["joints"]
-            skipped += record["skipped"]
-            histogram += record["histogram"]
-        np.savez(out / split / "joints.npz", frames=np.array(frames, str),
-                 joints=np.array(joints, np.float32).reshape(-1, 24, 2))
-        print(f"{split}: {len(frames)} frames ({getattr(args, split)} wanted)")
-    skipped.sort(key=lambda row: (row[0], row[1] or 0))
-    with open(out / "skipped.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("clip", "frame", "reason"), *skipped])
-    if not all(any((out / split / "images").iterdir()) for split in SPLITS):
-        raise Problem(f"a split has no frame: mend what {out}/skipped.csv lists, remove {out}")
-    shown = [frames[i] for i in np.linspace(0, len(frames) - 1, 8).astype(int)]
-    rows = [[Image.open(out / "train" / name.format(frame)).convert("RGB").resize((160, 160))
-             for frame in shown] for name in ("images/{}.jpg", "labels/{}.png")]
-    Image.fromarray(np.vstack([np.hstack(row) for row in rows])).save(out / "preview.png")
-    *colours, pixels = histogram.reshape(4, 256)
-    levels, count = np.arange(256) / 255, len(frames) * args.size ** 2
+            if not os.path.exists(f"{parts}/{job[0]}/{job[2]}.json")]
+    write = convert if args.images else extract
+    failed = [row for row in in_parallel(write, jobs, args.workers, "writing frames") if row]
+    describe(args, settings, skipped + failed)
+    if not failed:
+        shutil.rmtree(parts)
+
+
+def collect(out, split):
+    """What the records of a split hold together: lists of frames, of joints and of rows of
+    skipped.csv, and the histograms (4, 256) of red, green, blue and label."""
+    frames, joints, skipped = [], [], []
+    histogram = np.zeros(4 * 256, int)
+    for path in sorted(Path(f"{out}/.parts/{split}").glob("*.json")):
+        record = read_json(path)
+        frames += record["frames"]
+        joints += record["joints"]
+        skipped += record["skipped"]
+        histogram += record["histogram"]
+    return frames, joints, skipped, histogram.reshape(4, 256)
+
+
+def draw_preview(out, frames):
+    """Writes preview.png: eight crops of train above their coloured labels."""
+    preview = Image.new("RGB", (8 * 160, 2 * 160))
+    for column, i in enumerate(np.linspace(0, len(frames) - 1, 8).astype(int)):
+        for row, name in enumerate((f"images/{frames[i]}.jpg", f"labels/{frames[i]}.png")):
+            tile = Image.open(out / "train" / name).convert("RGB")
+            preview.paste(tile.resize((160, 160)), (column * 160, row * 160))
+    preview.save(out / "preview.png")
+
+
+def statistics(colours):
+    """Mean and standard deviation, 0 to 1, of histograms (3, 256) of red, green and blue. A colour
+    that never changes gets 1 / 255, since images are divided by it."""
+    levels = np.arange(256) / 255
+    count = np.sum(colours[0])
     mean = colours @ levels / count
-    std = np.sqrt(np.maximum(colours @ levels ** 2 / count - mean ** 2, 255 ** -2))
-    classes = dict(
-        names=NAMES, palette=PALETTE, mirror=MIRROR, groups=GROUPS,
-        joint_mirror=[MIRROR[joint + 1] - 1 for joint in range(24)],
-        pixels=pixels[:len(NAMES)].tolist(), size=args.size, mean=mean.tolist(), std=std.tolist(),
-        settings=settings, source="rendered stand-in, not SURREAL" if args.synthesize else
-        f"SURREAL, run{args.run}; its left is the visible person's right")
-    write_whole(out / "classes.json", (json.dumps(classes, indent=1) + "\n").encode())
+    variance = colours @ levels ** 2 / count - mean ** 2
+    return mean, np.sqrt(np.maximum(variance, 255 ** -2))
+
+
+def describe(args, settings, skipped):
+    """Writes what describes the folder: joints.npz, skipped.csv, preview.png, classes.json."""
+    out, names = args.out, args.names or NAMES
+    groups = groups_of([path.stem for path in out.glob("*/images/*")])
+    for split in reversed(SPLITS):              # train comes last: its numbers are used below
+        frames, joints, more, (*colours, pixels) = collect(out, split)
+        skipped += more
+        count = len({groups[frame] for frame in frames})
+        print(f"{split}: {len(frames)} frames of {count} groups")
+        if args.images:
+            print("    pixels of each class:", dict(zip(names, pixels.tolist())))
+        else:
+            joints = np.array(joints, np.float32).reshape(-1, 24, 2)
+            np.savez(f"{out}/{split}/joints.npz", frames=np.array(frames, str), joints=joints)
+    with open(out / "skipped.csv", "w", newline="", encoding="utf-8") as file:
+        rows = sorted(skipped, key=lambda row: (row[0], row[1] or 0))
+        csv.writer(file).writerows([("clip", "frame", "reason"), *rows])
+    if not all(os.listdir(f"{out}/{split}/images") for split in SPLITS):
+        raise Problem(f"a split has no frame: mend what {out}/skipped.csv lists, then repeat this")
+    if np.count_nonzero(pixels[:len(names)]) < 2:
+        raise Problem("the labels of train show one class; 255 means ignore, so masks of 0 and 255 "
+                      "need --values 0 255")
+    draw_preview(out, frames)
+    mean, std = statistics(colours)
+    classes = dict(size=args.size, pixels=pixels[:len(names)].tolist(), mean=mean.tolist(),
+                   std=std.tolist(), settings=settings)
+    if args.images:
+        classes |= dict(names=names, source=f"own pictures, {args.images}")
+    elif args.synthesize:
+        classes |= dict(SURREAL, source="rendered stand-in, not SURREAL")
+    else:
+        source = f"SURREAL, run{args.run}; its left is the visible person's right"
+        classes |= dict(SURREAL, source=source)
+    write_json(out / "classes.json", classes, indent=1)
+    left_out = [clip for clip, frame, _ in skipped if not frame]
+    print(f"{out} is ready, preview.png shows some of it. {len(left_out)} clips or files were left "
+          "out, skipped.csv says why; the same command tries broken clips again")
+
+
+# ------ Your own pictures
+def list_files(folder, endings):
+    """{name without ending: path} of the files with one of these endings in a folder, not below it.
+    macOS stores accents apart from their letters (NFD); names are compared and written in NFC."""
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        stem = unicodedata.normalize("NFC", path.stem)
+        if path.suffix.lower() not in endings or path.name.startswith("."):
+            continue
+        if stem in found:
+            raise Problem(f"{found[stem]} and {path} have one name: rename one of them")
+        found[stem] = path
+    return found
+
+
+def groups_of(frames):
+    """{frame: group}, the group being the frame's name without its number, or SURREAL's sequence:
+    "walk" for walk_0001, "01_01" for 01_01_c0001_037 and its twin ung_01_01_c0001_037. Where all
+    are one group, each is its own."""
+    groups = {frame: re.sub(r"^ung_|(_c\d{4})?_\d+$", "", frame) for frame in frames}
+    if len(set(groups.values())) == 1:
+        return {frame: frame for frame in frames}
+    return groups
+
+
+def split_frames(frames, out):
+    """{frame: split}. The pictures of one group, such as a video, never lie in two splits.
+
+    What is in `out` stays where it is, and a new group goes to the split of its hash, 8 : 1 : 1, so
+    adding pictures moves none. Hashing alone could leave a split empty. So the first new groups, in
+    the order of their hashes, go to the empty splits; in another, empty `out`, where more pictures
+    are prepared at once, these may be other groups.
+    """
+    groups = groups_of(frames)
+    placed = {path.stem: path.parts[-3] for path in out.glob("*/labels/*.png")}
+    splits = {groups[frame]: split for frame, split in placed.items() if frame in groups}
+    empty = [split for split in SPLITS if split not in splits.values()]
+    hashes = {}
+    for group in set(groups.values()) - set(splits):
+        hashes[group] = int(hashlib.sha256(os.fsencode(group)).hexdigest(), 16)
+    if len(hashes) < len(empty):
+        raise Problem(f"{len(hashes)} new groups of pictures (names without their number) are too "
+                      f"few for {empty}, which need one each: add pictures, or rename some")
+    for group in sorted(hashes, key=hashes.get):
+        tenth = hashes[group] % 10
+        splits[group] = empty.pop(0) if empty else SPLITS[max(0, tenth - 7)]
+    return {frame: placed.get(frame, splits[groups[frame]]) for frame in frames}
+
+
+def choose_pictures(args):
+    """The pictures [(split, picture, frame, (mask, values))] and rows of skipped.csv for the files
+    that are none. Removes frames from args.out whose picture is no longer there."""
+    pictures = list_files(args.images, PICTURES)
+    masks = list_files(args.masks, (".png",))
+    lonely = sorted(set(pictures) ^ set(masks))
+    if lonely:
+        raise Problem(f"{len(lonely)} pictures have no mask or masks no picture, the first is "
+                      f"{lonely[0]}: a mask has its picture's name, and ends in .png")
+    splits = split_frames(pictures, args.out)
+    for path in [*args.out.glob("*/images/*"), *args.out.glob("*/labels/*")]:
+        if path.stem not in pictures:
+            path.unlink()
+    chosen = []
+    for frame, path in pictures.items():
+        chosen.append((splits[frame], str(path), frame, (str(masks[frame]), args.values)))
+    others = set(os.listdir(args.images)) - {path.name for path in pictures.values()}
+    return chosen, [(name, "", "no picture; folders are not entered") for name in others]
+
+
+def convert(out, size, margin, split, picture, frame, mask):
+    """Writes a picture and its mask, padded to a square and resized. mask: its path and its value
+    of each class. Raises Problem for what is no mask of class ids."""
+    path, values = mask
+    try:
+        opened = Image.open(picture)
+        if opened.mode[0] in "IF":
+            raise ValueError("more than 8 bits a channel")
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+        stored = Image.open(path)
+        indices = np.array(stored, np.uint8)    # of a palette mask, not its colours
+    except Exception as error:                  # a broken file makes Pillow stumble in any way
+        raise Problem(f"{picture} or {path} cannot be read: {error!r}") from error
+    if stored.mode not in ("1", "L", "P"):
+        raise Problem(f"{path} has the mode {stored.mode}: masks are grey or palette PNGs of 8 bit "
+                      "whose values are class ids, so give each colour the id of its class")
+    if stored.size != image.size:
+        raise Problem(f"{path} has {stored.size} pixels, its picture {image.size}, upright")
+    unknown = set(np.unique(indices).tolist()) - {*values, IGNORE}
+    if unknown:
+        raise Problem(f"{path} has the value {min(unknown)}, which is not in {values}: --values "
+                      "says which value is which name, in the order of --names")
+    ids = np.full(256, IGNORE, np.uint8)
+    ids[values] = np.arange(len(values))
+    width, height = image.size
+    side = max(width, height)
+    box = (width - side) // 2, (height - side) // 2, side
+    pair = crop(np.array(image), ids[indices], box, size)
+    write_record(out, split, frame, [(frame, *pair, None)], [])
 
 
 # ------ The stand-in: clips in SURREAL's raw layout, after the paper's Section 2.1, step by step.
@@ -700,80 +979,114 @@ def make_clip(raw, split, i, seed, frames, picture):
 
 
 # ------ Command line
+CLIPS, STANDIN, OWN = "--raw, --synthesize", "--synthesize", "--images"
+ALL = "--raw, --synthesize, --images"
+OPTIONS = [     # name, the modes it goes with, default, lowest value, help
+    ("size", ALL, 320, 1, "side of the square images, in pixels"),
+    ("workers", ALL, os.cpu_count(), 0, "processes, 150 MB each; 0 starts none"),
+    ("run", CLIPS, 0, 0, "SURREAL's run; clips of 0, 1, 2 overlap by 50, 70, 30 %%"),
+    ("train", CLIPS, 90_000, 1, "frames for train, or all that exist"),
+    ("val", CLIPS, 15_000, 1, "frames for val, or all that exist, spread over its clips"),
+    ("test", CLIPS, 15_000, 1, "frames for test, or all that exist"),
+    ("pick", CLIPS, "spread", None, "spread: as many frames of every cluster of poses; cluster: "
+     "the one cluster nearest to the wanted size, as in the paper"),
+    ("clusters", CLIPS, 25, 1, "number of clusters of poses"),
+    ("exclude", CLIPS, [], None, "clips to leave out; misshapen are '18_*' '19_*' '*143_21*'"),
+    ("margin", CLIPS, 0.1, 0, "space around the person, as a share of its box"),
+    ("seed", CLIPS, 0, 0, "of the choice of frames and of the stand-in's people"),
+    ("clips", STANDIN, 1000, 1, "clips for train; a tenth each for val and test"),
+    ("frames", STANDIN, 2, 1, "frames of a clip"),
+    ("backgrounds", STANDIN, None, None, "folder of photographs for backgrounds"),
+    ("masks", OWN, None, None, "grey or palette PNGs of class ids, named like their pictures"),
+    ("names", OWN, [], None, "the classes, in the order of their ids"),
+    ("values", OWN, [], None, "of each class in the masks; default: 0 1 2 ..."),
+]
+SPECIAL = dict(
+    pick=dict(choices=("spread", "cluster")),
+    exclude=dict(nargs="+", type=str, action="extend"),
+    names=dict(nargs="+", type=str),
+    values=dict(nargs="+", type=int))
+
+
 def synthesize(raw, clips, frames, seed, workers, backgrounds):
     """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
     except those already there. Of the pictures in `backgrounds`, train gets eight in ten."""
     settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=backgrounds)
     check_settings(raw, raw / "settings.json", settings)
-    pictures = [None] * 10 if not backgrounds else sorted(
-        path for path in Path(backgrounds).rglob("[!.]*")
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pictures = [None] * 10                      # for these make_clip makes backgrounds up
+    if backgrounds:
+        paths = glob.glob("**/*", root_dir=backgrounds, recursive=True)     # linked folders too
+        paths = sorted(Path(backgrounds, path) for path in paths)
+        pictures = [path for path in paths if path.suffix.lower() in PICTURES]
     if len(pictures) < 10:
         raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
-    write_whole(raw / "settings.json", json.dumps(dict(settings=settings)).encode())
-    tenth, for_train = max(2, clips // 10), [p for i, p in enumerate(pictures) if i % 10 < 8]
+    write_json(raw / "settings.json", dict(settings=settings))
+    for_train = [picture for i, picture in enumerate(pictures) if i % 10 < 8]
+    behind = dict(train=for_train, val=pictures[8::10], test=pictures[9::10])
     jobs = []
-    for split, count, own in (("train", clips, for_train), ("val", tenth, pictures[8::10]),
-                              ("test", tenth, pictures[9::10])):
+    for split, own in behind.items():
+        count = clips if split == "train" else max(2, clips // 10)
         jobs += [(raw, split, i, seed, frames, own[i % len(own)]) for i in range(count)]
     list(in_parallel(make_clip, jobs, workers, "rendering the stand-in"))
 
 
-def main(argv=None):
-    """Returns the exit status: 0, 2 after a sentence about what can be mended, 130 on Ctrl-C."""
+def parse(argv):
+    """The options. Exits with status 2 where they are wrong, or do not go together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--raw", type=os.path.abspath, metavar="DIR",
-        help="SURREAL's folder with train, val and test, usually SURREAL/data/cmu")
-    add("--synthesize", action="store_true", help="render a stand-in into OUT-raw, prepare that")
-    add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
-    add("--workers", type=int, default=os.cpu_count(), help="processes, 150 MB each; 0 starts none")
-    add("--seed", type=int, default=0, help="of the choice of frames and of the stand-in's people")
-    add = parser.add_argument_group("which frames").add_argument
-    add("--run", type=int, choices=(0, 1, 2), default=0, help="clips overlap by 50, 70, 30 %%")
-    for split, number in (("train", 90000), ("val", 15000), ("test", 15000)):
-        add(f"--{split}", type=int, default=number, help=f"frames for {split}, or all that exist")
-    add("--pick", choices=("spread", "cluster"), default="spread",
-        help="as many frames of every cluster of poses, or the one cluster nearest to the wanted "
-             "size, as in the paper; val is spread over its clips")
-    add("--clusters", type=int, default=25, help="number of clusters of poses")
-    add("--exclude", nargs="+", action="extend", metavar="GLOB", default=[],
-        help="clips or sequences to leave out; misshapen are '18_*' '19_*' '*143_21*'")
-    add = parser.add_argument_group("the images").add_argument
-    add("--size", type=int, default=320, help="side of the square images, in pixels")
-    add("--margin", type=float, default=0.1, help="space around the person, as a share of its box")
-    add = parser.add_argument_group("the stand-in, with --synthesize").add_argument
-    add("--clips", type=int, default=1000, help="clips for train; a tenth each for val and test")
-    add("--frames", type=int, default=2, help="frames of a clip")
-    add("--backgrounds", type=os.path.abspath, metavar="DIR", help="photographs for backgrounds")
+    modes = parser.add_mutually_exclusive_group(required=True)
+    modes.add_argument("--raw", type=os.path.abspath,
+                       help="SURREAL's folder of train, val and test, usually SURREAL/data/cmu")
+    modes.add_argument("--synthesize", action="store_true", help="render a stand-in into OUT-raw")
+    modes.add_argument("--images", type=os.path.abspath,
+                       help="your own pictures; folders in it are not entered")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    for name, modes, default, _, text in OPTIONS:
+        kind = os.path.abspath if default is None else type(default)
+        options = dict(type=kind, default=default, help=f"{text} (with {modes})")
+        parser.add_argument(f"--{name}", **options | SPECIAL.get(name, {}))
     args = parser.parse_args(argv)
-    for name in ("clips", "frames", "backgrounds"):
-        if not args.synthesize and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} needs --synthesize")
-    counts = args.train, args.val, args.test, args.clusters, args.size, args.clips, args.frames
-    if min(*counts, args.workers + 1, args.seed + 1, args.margin >= 0) < 1:
-        parser.error("counts are at least 1, --workers, --seed and --margin at least 0")
-    args.raw = args.raw or f"{args.out}-raw"
-    done, parts = args.out / "classes.json", args.out / ".parts"
+    mode = "--raw" if args.raw else "--images" if args.images else "--synthesize"
+    for name, modes, default, lowest, _ in OPTIONS:
+        value = getattr(args, name)
+        if value != default and mode not in modes:
+            parser.error(f"--{name} goes with {modes} alone")
+        if lowest is not None and not value >= lowest:      # nan is not either
+            parser.error(f"--{name} has to be {lowest} or more")
+    args.values = args.values or list(range(len(args.names)))
+    if args.images and not (args.masks and 2 <= len(args.names) == len(args.values) < 256):
+        parser.error("--images needs --masks, --names (2 to 255), and as many --values, if any")
+    if len(set(args.values) & set(range(256))) < len(args.values):
+        parser.error("--values are different numbers from 0 to 255")
+    return args
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 2 after a sentence about what can be mended, 130 on Ctrl-C."""
+    args = parse(argv)
+    if args.synthesize:
+        args.raw = f"{args.out}-raw"
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+    done, choice = args.out / "classes.json", args.out / ".parts" / "choice.json"
     try:
-        check_settings(args.out, done if done.exists() else parts / "settings.json", settings)
-        if not done.exists():
-            if args.synthesize:
-                synthesize(Path(args.raw), args.clips, args.frames, args.seed, args.workers,
-                           args.backgrounds)
+        check_settings(args.out, done if done.exists() else choice, settings)
+        if args.synthesize and not done.exists():
+            synthesize(Path(args.raw), args.clips, args.frames, args.seed, args.workers,
+                       args.backgrounds)
+        if args.images or choice.exists() or not done.exists():
             prepare(args, settings)
-        shutil.rmtree(parts, ignore_errors=True)
-        print(f"{args.out} is ready, with these settings; preview.png shows some of it")
+        else:
+            print(f"{args.out} is ready, with these settings")
         return 0
-    except (Problem, OSError, BrokenExecutor) as error:
-        print(f"prepare_surreal.py: {error}", file=sys.stderr)
-        return 2
+    except BrokenExecutor:
+        error = "the system ended a worker, most often for want of memory: give fewer --workers"
+    except (Problem, OSError) as problem:
+        error = problem
     except KeyboardInterrupt:
         print("prepare_surreal.py: stopped; the same command goes on", file=sys.stderr)
         return 130
+    print(f"prepare_surreal.py: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""prepare_surreal.py on clips in SURREAL's layout that are written here, and on its stand-in."""
+"""prepare_surreal.py on clips in SURREAL's layout, and on own pictures, that are written here."""
 import csv
 import json
 import os
@@ -6,24 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage
-from scipy.io import loadmat, savemat
+from scipy.io import savemat
 
 import prepare_surreal as prepare
 
 ODD = "O'Neil & søn \"x\"_01_c0001"
+SPLITS = prepare.SPLITS
 
 
 def colour(clip, t):
     """A flat colour that tells frame t of a clip from the others, even after H.264 and JPEG."""
     seed = sum(map(ord, clip))
-    return np.array([40 + (t * 37) % 160, 40 + (seed * 11) % 160, 40 + (t * 13 + seed * 5) % 160])
+    return np.array([40 + t * 37 % 160, 40 + seed * 11 % 160, 40 + (t * 13 + seed * 5) % 160])
 
 
 def corner(t):
@@ -33,211 +34,329 @@ def corner(t):
 
 def draw_mask(t):
     """(240, 320): a figure, 60 x 100, of label 1 + t % 15, with a head and strips of 17 to 24."""
-    labels, (x, y) = np.zeros((240, 320), np.uint8), corner(t)
+    labels = np.zeros((240, 320), np.uint8)
+    x, y = corner(t)
     labels[y:y + 100, x:x + 60] = 1 + t % 15
     labels[y:y + 20, x + 20:x + 40] = 16
-    labels[y + 30:y + 40, x:x + 56] = np.repeat(np.arange(17, 25), 7)
+    labels[y + 30:y + 40, x:x + 56] = np.repeat(range(17, 25), 7)
     return labels
 
 
-def write_clip(run, name, T, edit=lambda clip: None):
+def write_clip(run, name, T, edit=lambda video, masks, info: None):
     """One clip on disk, in the folder of its sequence; `edit` may change what is written."""
-    folder = run / name.rsplit("_c", 1)[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    flat, solid = np.empty((2, 24, T), np.float32), np.empty((3, 24, T), np.float32)
-    for t in range(T):
-        flat[:, :, t] = np.array(corner(t))[:, None] + np.array([[1], [2]]) * np.arange(24)
-        solid[:, :, t] = np.random.default_rng(t).normal(size=(3, 24))
-    if T == 1:
-        flat, solid = flat[:, :, 0], solid[:, :, 0]         # as SURREAL has it
-    clip = dict(video=[np.full((240, 320, 3), colour(name, t), np.uint8) for t in range(T)],
-                segm={f"segm_{t + 1}": draw_mask(t) for t in range(T)},
-                info=dict(joints2D=flat, joints3D=solid, stride=np.uint8([[50]])))
-    edit(clip)
-    with av.open(str(folder / f"{name}.mp4"), "w") as container:
+    sequence = name.rsplit("_c", 1)[0]
+    path = Path(run, sequence, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step = np.outer((1, 2), range(24))
+    flat = [np.array(corner(t))[:, None] + step for t in range(T)]
+    solid = [np.random.default_rng(t).normal(size=(3, 24)) for t in range(T)]
+    video = [np.full((240, 320, 3), colour(name, t), np.uint8) for t in range(T)]
+    masks = {f"segm_{t + 1}": draw_mask(t) for t in range(T)}
+    info = dict(
+        joints2D=np.stack(flat, 2).squeeze(),
+        joints3D=np.stack(solid, 2).squeeze())
+    edit(video, masks, info)
+    with av.open(f"{path}.mp4", "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "12"})
-        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
-        for image in clip["video"]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        stream.width = 320
+        stream.height = 240
+        for image in video:
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    savemat(folder / f"{name}_segm.mat", clip["segm"], do_compression=True)
-    savemat(folder / f"{name}_info.mat", clip["info"], do_compression=True)
-    return folder / name
+    savemat(f"{path}_segm.mat", masks, do_compression=True)
+    savemat(f"{path}_info.mat", info, do_compression=True)
+    return path
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All but what a killed process was about to write."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def frames(out, split):
-    return sorted(path.stem for path in (out / split / "images").iterdir())
+    return sorted(path.stem for path in Path(f"{out}/{split}/images").iterdir())
+
+
+def reasons(out):
+    with open(f"{out}/skipped.csv", newline="", encoding="utf-8") as file:
+        return {(row["clip"], row["frame"]): row["reason"] for row in csv.DictReader(file)}
 
 
 def load(out, split, frame):
-    """One prepared frame: image, labels and joints as arrays."""
-    with np.load(out / split / "joints.npz") as stored:
-        joints = dict(zip(stored["frames"].tolist(), stored["joints"]))
-    return (np.asarray(Image.open(out / split / "images" / f"{frame}.jpg")).astype(int),
-            np.asarray(Image.open(out / split / "labels" / f"{frame}.png")), joints[frame])
+    """Image and labels of one prepared frame as arrays."""
+    image = Image.open(f"{out}/{split}/images/{frame}.jpg")
+    labels = Image.open(f"{out}/{split}/labels/{frame}.png")
+    return np.asarray(image).astype(int), np.asarray(labels)
+
+
+def read_classes(out):
+    return json.loads(Path(f"{out}/classes.json").read_text())
 
 
 def run(*options):
-    return prepare.main([str(option) for option in options])
+    """The exit status, whichever way the program ends."""
+    try:
+        return prepare.main([str(option) for option in options])
+    except SystemExit as stop:
+        return stop.code
+
+
+def spoil_frames(video, masks, info):
+    masks["segm_1"] = masks["segm_1"].astype(float)         # whole numbers are good
+    masks["segm_2"][100, 100] = 25
+    masks["segm_3"] = masks["segm_3"][:, :-1]
+    masks["segm_4"] = masks["segm_4"] + 0.5
+    info["joints2D"][:, :, 4] = 0
+    info["joints2D"] = info["joints2D"].astype(float)
+    info["joints2D"][1, 3, 5] = np.nan
+    masks["segm_7"][:] = 0
+
+
+DEFECTS = [     # what is done to a clip of five frames, and its reason in skipped.csv
+    (lambda video, masks, info: video.pop(), "length"),
+    (lambda video, masks, info: masks.pop("segm_5"), "length"),
+    (lambda video, masks, info: masks.update(segm_6=draw_mask(0)), "length"),
+    (lambda video, masks, info: info.update(joints2D=info["joints2D"][:, :, :4]), "dimension"),
+    (lambda video, masks, info: info.pop("joints2D"), "joints2D")]
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     """Good clips in all splits, and one of each defect in train."""
     raw = tmp_path_factory.mktemp("surreal") / "cmu"
-    train = raw / "train" / "run0"
+    train, test = raw / "train/run0", raw / "test/run0"
     for name, T in (("01_01_c0001", 12), ("ung_90_10_c0001", 1), (ODD, 3)):
         write_clip(train, name, T)
-    (train / "01_01" / "._01_01_c0003.mp4").write_bytes(b"")        # macOS writes such files
+    (train / "01_01/._01_01_c0003.mp4").touch()             # macOS writes such files
     write_clip(train / "one folder too deep", "01_01_c0002", 7)
     for path in (train / "ung_90_10").iterdir():
         path.rename(train / path.name)                      # lies flat in run0
-    for split, name in (("val", "02_01_c0001"), ("test", "02_01_c0001"), ("test", "03_01_c0001")):
-        write_clip(raw / split / "run0", name, 10)
+    write_clip(raw, "04_01_c0001", 2)
+    (train / "04_01").symlink_to(raw / "04_01")
+    write_clip(raw / "val/run0", "02_01_c0003", 10)
+    for number in range(1, 6):                              # 3 is in val, 2 and 4 are beside it
+        write_clip(test, f"02_01_c000{number}", 2)
+        write_clip(test, f"ung_02_01_c000{number}", 2)
+    write_clip(test, "03_01_c0003", 10)
     for number, part in enumerate((".mp4", "_segm.mat", "_info.mat"), 1):
         Path(f"{write_clip(train, f'50_01_c000{number}', 5)}{part}").unlink()
         os.truncate(f"{write_clip(train, f'50_02_c000{number}', 5)}{part}", 900)
-    for number, edit in enumerate((
-            lambda c: c["video"].pop(), lambda c: c["segm"].pop("segm_5"),
-            lambda c: c["segm"].update(segm_6=draw_mask(0)),
-            lambda c: c["info"].update(joints2D=c["info"]["joints2D"][:, :, :4]),
-            lambda c: c["info"].update(joints3D="text"), lambda c: c["info"].pop("joints2D")), 1):
+    for number, (edit, _) in enumerate(DEFECTS, 1):
         write_clip(train, f"50_03_c000{number}", 5, edit)
-    def bad_frames(clip):
-        masks, info = clip["segm"], clip["info"]
-        masks["segm_1"] = masks["segm_1"].astype(float)     # whole numbers are good
-        masks["segm_2"][100, 100] = 25
-        masks["segm_3"] = masks["segm_3"][:, :-1]
-        masks["segm_4"] = masks["segm_4"] + 0.5
-        info["joints2D"][:, :, 4] = 0
-        info["joints2D"][1, 3, 5] = np.nan
-        masks["segm_7"][:] = 0
-    write_clip(train, "60_01_c0001", 9, bad_frames)
+    video = Path(f"{write_clip(train, '50_04_c0001', 5)}.mp4")
+    with av.open(str(video)) as container:
+        third = list(container.demux(video=0))[2]
+    data = bytearray(video.read_bytes())
+    for i in range(third.pos + 5, third.pos + 17):          # a decoder would conceal this
+        data[i] ^= 255
+    video.write_bytes(data)
+    write_clip(train, "60_01_c0001", 9, spoil_frames)
     return raw
 
 
 @pytest.fixture(scope="module")
 def prepared(raw, tmp_path_factory):
-    """Everything from `raw`, with workers that start by spawn, and without torch."""
-    out, script = tmp_path_factory.mktemp("out") / "surreal", raw.parent / "spawn.py"
+    """Everything from `raw`, with workers that start by spawn, and without torch or av."""
+    out, script = tmp_path_factory.mktemp("out") / "surreal", raw / "spawn.py"
     script.write_text(
         "import multiprocessing, sys\nimport prepare_surreal\nif __name__ == '__main__':\n"
         "    multiprocessing.set_start_method('spawn')\n    status = prepare_surreal.main()\n"
-        "    sys.exit(status or 'torch' in sys.modules or 'fcntl' in vars(prepare_surreal))")
+        "    sys.exit(status or 'torch' in sys.modules or 'av' in sys.modules)")
     command = [sys.executable, script, "--raw", raw, "--out", out, "--size", "64", "--workers", "2"]
-    environment = os.environ | dict(PYTHONPATH=str(Path(prepare.__file__).parent))
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    environment = os.environ | dict(PYTHONPATH=os.path.dirname(prepare.__file__))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert " 18 clips" in done.stdout.splitlines()[-1]
     return out
 
 
 def test_a_broken_clip_or_frame_costs_that_alone_and_has_its_reason(prepared):
-    clips = (("01_01_c0001", 12), ("01_01_c0002", 7), ("ung_90_10_c0001", 1), (ODD, 3))
-    assert frames(prepared, "train") == sorted(
-        [f"{clip}_{t:03d}" for clip, T in clips for t in range(1, T + 1)]
-        + [f"60_01_c0001_00{t}" for t in (1, 8, 9)])
-    for split, clip in (("val", "02_01_c0001"), ("test", "03_01_c0001")):
-        assert frames(prepared, split) == [f"{clip}_{t:03d}" for t in range(1, 11)]
-    with open(prepared / "skipped.csv", newline="", encoding="utf-8") as file:
-        reasons = {(row["clip"], row["frame"]): row["reason"] for row in csv.DictReader(file)}
-    clips = [f"50_0{k}_c000{n}" for k, N in ((1, 3), (2, 3), (3, 6)) for n in range(1, N + 1)]
-    expected = {("02_01_c0001", ""): "also in val"} | dict(zip(
-        [(clip, "") for clip in clips] + [("60_01_c0001", str(t)) for t in range(2, 8)],
-        2 * ["mp4", "segm", "info"] + 3 * ["length"] + ["dimension", "float", "joints2D"]
-        + 3 * ["mask"] + 2 * ["joints"] + ["no person"]))
-    assert reasons.keys() == expected.keys()
-    assert all(expected[key] in reason for key, reason in reasons.items()), reasons
-    assert sorted(path.name for path in prepared.iterdir()) == [
-        "classes.json", "preview.png", "skipped.csv", "test", "train", "val"]
+    good = {"01_01_c0001": 12, "01_01_c0002": 7, "04_01_c0001": 2, "ung_90_10_c0001": 1, ODD: 3}
+    expected = [f"{clip}_{t:03d}" for clip, T in good.items() for t in range(1, T + 1)]
+    expected += [f"60_01_c0001_00{t}" for t in (1, 8, 9)]
+    assert frames(prepared, "train") == sorted(expected)
+    texts = {("02_01_c0003", ""): "also in val", ("50_04_c0001", ""): "mp4"}
+    for number, part in enumerate(("mp4", "segm", "info"), 1):
+        texts[f"50_01_c000{number}", ""] = texts[f"50_02_c000{number}", ""] = part
+    for number, (_, text) in enumerate(DEFECTS, 1):
+        texts[f"50_03_c000{number}", ""] = text
+    for t, text in enumerate(["mask", "mask", "mask", "joints", "joints", "no person"], 2):
+        texts["60_01_c0001", str(t)] = text
+    for clip in ("02_01_c0002", "02_01_c0004", *(f"ung_02_01_c000{n}" for n in (2, 3, 4))):
+        texts[clip, ""] = "shares poses with a val clip"
+    found = reasons(prepared)
+    assert found.keys() == texts.keys()
+    assert all(texts[key] in reason for key, reason in found.items()), found
+    assert len(frames(prepared, "val")) == 10
+    clips = {frame[:-4] for frame in frames(prepared, "test")}
+    assert clips == {f"{m}_c000{n}" for m in ("02_01", "ung_02_01") for n in (1, 5)} | {
+        "03_01_c0003"}
+
+
+def test_clips_of_run1_share_poses_over_three_numbers(tmp_path):
+    for split, numbers in (("train", [1]), ("val", [5]), ("test", range(1, 11))):
+        for number in numbers:
+            clip = tmp_path / split / f"run1/07_01/07_01_c{number:04d}.mp4"
+            prepare.write_whole(clip, b"")
+    found, _ = prepare.select_clips(tmp_path, 1, [])        # of 100 frames, 30 apart
+    assert [*found["test"]] == ["07_01_c0001", "07_01_c0009", "07_01_c0010"]
 
 
 def test_image_labels_and_joints_of_a_frame_belong_together(raw, prepared):
     poses, _ = prepare.read_poses(raw / "train/run0/01_01/01_01_c0001_info.mat")
-    assert poses.shape == (12, 72) and not poses[:, :3].any()
-    for split, clip, t in [("train", "01_01_c0001", t) for t in range(12)] + [
-            ("train", "ung_90_10_c0001", 0), ("val", "02_01_c0001", 3)]:
-        image, labels, joints = load(prepared, split, f"{clip}_{t + 1:03d}")
-        own, other = (np.abs(image.mean(axis=(0, 1)) - colour(clip, s)).max()
-                      for s in (t, (t + 1) % 10))
-        assert image.shape == (64, 64, 3) and own < 6 < other
+    assert poses.shape == (12, 72)
+    assert not poses[:, :3].any()
+    cases = [("train", "01_01_c0001", t) for t in range(12)]
+    for split, clip, t in cases + [("train", "ung_90_10_c0001", 0), ("val", "02_01_c0003", 3)]:
+        frame = f"{clip}_{t + 1:03d}"
+        image, labels = load(prepared, split, frame)
+        mean = image.mean(axis=(0, 1))
+        assert image.shape == (64, 64, 3)
+        assert np.abs(mean - colour(clip, t)).max() < 6
         x, y = corner(t)                                    # 60 x 100: side 120, centred
         left, top = max(0, x + 30 - 60), max(0, y + 50 - 60)
         centres = ((np.arange(64) + 0.5) * 120 / 64).astype(int)
         crop = draw_mask(t)[top:top + 120, left:left + 120]
         assert np.array_equal(labels, crop[centres][:, centres])
-        place = np.array([x, y]) + np.arange(24)[:, None] * (1, 2) - 0.5    # of pixel centres
-        assert np.allclose(joints, (place - (left, top) + 0.5) * 64 / 120 - 0.5, atol=1e-4)
+        with np.load(f"{prepared}/{split}/joints.npz") as stored:
+            joints = stored["joints"][stored["frames"].tolist().index(frame)]
+        place = np.outer(range(24), (1, 2)) + (x - left, y - top)
+        assert np.allclose(joints, place * 64 / 120 - 0.5, atol=1e-4)
 
 
 def test_classes_json_describes_the_folder(prepared):
-    classes = json.loads((prepared / "classes.json").read_text())
-    names = classes["names"]
-    assert [names[i] for i in classes["mirror"]] == [
-        name.replace("left", "?").replace("right", "left").replace("?", "right") for name in names]
-    assert classes["joint_mirror"] == [i - 1 for i in classes["mirror"][1:]]
-    assert len(names) == 25 and names[16] == "head" and classes["groups"]["Torso"] == [1, 4, 7, 10]
+    classes = read_classes(prepared)
+    mirror = classes["mirror"]
+    pairs = [{i, twin} for i, twin in enumerate(mirror) if i < twin]
+    assert pairs == [{2, 3}, {5, 6}, {8, 9}, {11, 12}, {14, 15},
+                     *({i, i + 1} for i in range(17, 25, 2))]
+    assert classes["joint_mirror"] == [i - 1 for i in mirror[1:]]
     assert sorted(sum(classes["groups"].values(), [])) == list(range(25))
-    images, labels, _ = zip(*(load(prepared, "train", name) for name in frames(prepared, "train")))
-    assert classes["pixels"] == np.bincount(np.ravel(labels), minlength=25).tolist()
-    pixels = np.reshape(images, (-1, 3)) / 255
-    for key, value in (("mean", pixels.mean(axis=0)), ("std", pixels.std(axis=0))):
-        assert np.allclose(classes[key], value, atol=0.005)
+    crops = [load(prepared, "train", frame) for frame in frames(prepared, "train")]
+    labels = np.ravel([label for _, label in crops])
+    assert classes["pixels"] == np.bincount(labels, minlength=25).tolist()
+    colours = np.reshape([image for image, _ in crops], (-1, 3)) / 255
+    assert np.allclose(classes["mean"], colours.mean(axis=0), atol=0.005)
+    assert np.allclose(classes["std"], colours.std(axis=0), atol=0.005)
     assert classes["size"] == 64 and classes["source"].startswith("SURREAL")
-    label = Image.open(prepared / "train" / "labels" / "01_01_c0001_001.png")
-    assert label.mode == "P" and label.getpalette()[:75] == sum(classes["palette"], [])
-    above, below = np.split(np.asarray(Image.open(prepared / "preview.png")), (160,))
-    assert len(below) == 160 and above.std() > 0 and (above != below).any()
+    preview = np.asarray(Image.open(prepared / "preview.png"))
+    above, below = preview[:160], preview[160:]
+    assert len(below) == 160
+    assert (above != below).any()
 
 
 def test_a_folder_is_never_overwritten(raw, prepared, tmp_path, capsys):
     before = files(prepared)
-    assert run("--raw", raw, "--out", prepared, "--size", 64, "--workers", 0) == 0
     assert run("--raw", raw, "--out", prepared, "--size", 96) == 2
-    assert "'size': 64" in capsys.readouterr().err and files(prepared) == before
-    (tmp_path / "thesis.txt").write_text("precious")
-    assert {run("--raw", raw, "--out", out) for out in (tmp_path, tmp_path / "thesis.txt")} == {2}
+    assert "'size': 64" in capsys.readouterr().err
+    assert files(prepared) == before
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("precious")
+    assert run("--raw", raw, "--out", tmp_path) == run("--raw", raw, "--out", thesis) == 2
     assert files(tmp_path) == {"thesis.txt": b"precious"}
 
 
 def test_killed_or_interrupted_it_goes_on_and_ends_with_the_same_files(raw, prepared, tmp_path):
     out = tmp_path / "surreal"
     command = [sys.executable, prepare.__file__, "--raw", raw, "--out", out, "--size", "64"]
-    for number, status, records in ((signal.SIGKILL, -9, 2), (signal.SIGINT, 130, 4)):
+    for end, number, status, records in ((os.kill, signal.SIGTERM, -15, 2),
+                                         (os.killpg, signal.SIGKILL, -9, 3),
+                                         (os.killpg, signal.SIGINT, 130, 4)):
         process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, text=True,
                                    stderr=subprocess.PIPE)
         while process.poll() is None and len(list(out.glob(".parts/*/*.json"))) < records:
             time.sleep(0.002)
-        os.killpg(process.pid, number)                      # to its workers too, as Ctrl-C
+        end(process.pid, number)                            # killpg: its workers too, as Ctrl-C
         errors = process.communicate()[1]                   # ends when no worker is left
-        assert process.returncode in (status, 0) and "Traceback" not in errors
-    assert run(*command[2:], "--workers", 0) == 0 and files(out) == files(prepared)
+        assert process.returncode in (status, 0)
+        assert "Traceback" not in errors
+    assert run(*command[2:], "--workers", 0) == 0
+    assert files(out) == files(prepared)
 
 
-def test_the_choice_is_seeded_evenly_spaced_and_excludes(raw, tmp_path):
-    found = []
-    for name, *options in (["a"], ["b", "--seed", 1],
-                           ["c", "--exclude", "01_*", "60_01_c0001", "--exclude", "50_*"]):
-        assert run("--raw", raw, "--out", tmp_path / name, "--size", 32, "--clusters", 3, "--train",
-                   9, "--val", 5, "--test", 3, "--workers", 0, *options) == 0
-        found.append([frames(tmp_path / name, split) for split in prepare.SPLITS])
-    assert found[0] != found[1] and [len(names) for names in found[0][1:]] == [5, 3]
-    assert set(np.diff([int(name[-3:]) for name in found[0][1]])) == {2}        # 5 of 10
-    assert {name[:3] for name in found[2][0]} == {"ung", "O'N"}
+@pytest.fixture
+def three(tmp_path):
+    """The options to prepare a small folder of clips, one a split."""
+    for number, split in enumerate(SPLITS, 1):
+        write_clip(tmp_path / split / "run0", f"0{number}_01_c0001", 4)
+    return ["--out", tmp_path / "out", "--raw", tmp_path, "--size", 32, "--workers", 0]
+
+
+def test_a_mended_clip_is_tried_again_and_late_clips_do_not_enter(three, tmp_path, capsys):
+    video = f"{write_clip(tmp_path / 'train/run0', '05_01_c0001', 4)}.mp4"
+    whole = Path(video).read_bytes()
+    os.truncate(video, 900)
+    assert run(*three) == 0
+    assert " 1 clips" in capsys.readouterr().out.splitlines()[-1]
+    Path(video).write_bytes(whole)
+    write_clip(tmp_path / "train/run0", "06_01_c0001", 4)
+    for _ in range(2):
+        assert run(*three) == 0
+        assert len(frames(three[1], "train")) == 8
+        assert not reasons(three[1])
+        assert sum(read_classes(three[1])["pixels"]) == 8 * 32 * 32
+        assert "ready" in capsys.readouterr().out
+        assert not (three[1] / ".parts").exists()
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_systems_end_of_a_worker_is_one_sentence(three, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "extract", die)
+    assert run(*three[:-1], 1) == 2
+    assert "fewer --workers" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--raw", "nowhere"], "nowhere/train"),
+    (["--run", "1"], "run1"),
+    (["--val", "many"], "many"),
+    (["--clips", "3"], "--clips"),
+    (["--backgrounds", "."], "--backgrounds"),
+    (["--names", "a"], "--names"),
+    (["--synthesize"], "not allowed"),
+    (["--trian", "3"], "--trian"),
+    (["--size", "0"], "--size"),
+    (["--margin", "nan"], "--margin"),
+    (["--exclude", "5*"], "5*"),
+    (["--exclude", "01_*"], "no clip is left"),
+    (["--pick", "cluster", "--train", "5"], "--train 5")])
+def test_a_mistake_is_one_sentence_before_anything_is_written(options, says, three, capsys):
+    assert run(*three, *options) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert says in lines[-1]
+    assert not three[1].exists()
+
+
+@pytest.mark.parametrize("options, count", [
+    (["--val", 5], 5),
+    (["--val", 5, "--seed", 1], 5),
+    (["--exclude", "01_*", "60*", "50_*"], 10)])
+def test_val_is_spread_evenly_and_exclude_leaves_out(options, count, raw, tmp_path):
+    out = tmp_path / "out"
+    assert run("--raw", raw, "--out", out, "--size", 32, "--workers", 0, *options) == 0
+    numbers = [int(name[-3:]) for name in frames(out, "val")]
+    assert len(numbers) == count
+    assert len(set(np.diff(numbers))) == 1
+    excluded = {"ung", "O'N", "04_"} == {name[:3] for name in frames(out, "train")}
+    assert excluded == ("--exclude" in options)
 
 
 def test_spread_takes_as_many_of_every_cluster_and_cluster_the_nearest_size():
-    rng, sizes = np.random.default_rng(0), (600, 300, 20)
-    kind = rng.permutation(np.repeat(range(3), sizes))
-    poses = (5 * kind[:, None] + rng.normal(size=(920, 72)) * 0.1).astype(np.float32)
+    rng = np.random.default_rng(0)
+    kind = rng.permutation(np.repeat(range(3), (600, 300, 20)))
+    poses = rng.normal(5 * kind[:, None], 0.1, (920, 72)).astype(np.float32)
     rows = prepare.pick(poses, 221, "spread", 3, np.random.default_rng(1))
-    assert sorted(np.bincount(kind[rows])) == [20, 100, 101] and (np.diff(rows) > 0).all()
-    assert set(np.diff(np.searchsorted(np.flatnonzero(kind == 0), rows[kind[rows] == 0]))) == {5, 6}
+    assert sorted(np.bincount(kind[rows])) == [20, 100, 101]
+    assert (np.diff(rows) > 0).all()
+    of_first = np.searchsorted(np.flatnonzero(kind == 0), rows[kind[rows] == 0])
+    assert set(np.diff(of_first)) == {5, 6}
     assert set(kind[prepare.pick(poses, 250, "cluster", 3, rng)]) == {1}
-    assert [len(prepare.pick(poses, n, "cluster", 3, rng)) for n in (0, 920, 2000)] == [0, 920, 920]
+    assert len(prepare.pick(poses, 2000, "spread", 3, rng)) == 920
 
 
 def picture(text):
@@ -268,7 +387,8 @@ def test_stray_head_pixels_are_refilled_by_hand(before, after):
     ((290, 320, 140, 240), 0.1, (200, 120, 120)),       # moved left and up
     ((100, 200, 0, 220), 0.1, (18, -22, 264)),          # higher than the frame, which lies inside
     ((0, 320, 100, 120), 0.1, (-32, -82, 384)),         # wider than the frame
-    ((10, 26, 20, 36), 0.0, (10, 20, 16)), ((10, 25, 20, 120), 0.0, None),
+    ((10, 26, 20, 36), 0.0, (10, 20, 16)),
+    ((10, 25, 20, 120), 0.0, None),                     # 15 pixels wide
     ((10, 110, 20, 35), 0.0, None)])                    # 15 pixels high
 def test_crop_geometry_by_hand(box, margin, expected):
     labels = np.zeros((240, 320), np.uint8)
@@ -281,111 +401,168 @@ def test_crop_geometry_by_hand(box, margin, expected):
 
 
 def test_padding_is_the_mean_colour_and_the_ignored_label():
-    image, labels = np.zeros((240, 320, 3), np.uint8), np.zeros((240, 320), np.uint8)
+    image = np.zeros((240, 320, 3), np.uint8)
     image[:, 160:] = (200, 100, 50)
+    labels = np.zeros((240, 320), np.uint8)
     labels[0:220, 100:200] = 1
     joints = np.full((24, 2), (18, -22), np.float32)    # the corner of the crop, whose side is 264
-    cropped, label, moved = map(np.asarray, prepare.crop_frame(image, labels, joints, 264, 0.1))
-    noise = np.random.default_rng(0).integers(0, 256, image.shape).astype(np.uint8)
-    assert np.std(prepare.crop_frame(noise, labels, joints, 66, 0.1)[0]) < 40      # averaged
-    outside = np.r_[0:22, 262:264]
-    assert (cropped[outside] == (100, 50, 25)).all() and (label[outside] == 255).all()
-    assert np.array_equal(cropped[22:262], image[:, 18:282])
-    assert np.array_equal(label[22:262], labels[:, 18:282]) and (moved == -0.5).all()
+    cropped, label, moved = prepare.crop_frame(image, labels, joints, 264, 0.1)
+    expected = np.full((264, 264, 3), (100, 50, 25))
+    expected[22:262] = image[:, 18:282]
+    assert np.array_equal(cropped, expected)
+    assert (moved == -0.5).all()
+    expected[..., 0] = 255
+    expected[22:262, :, 0] = labels[:, 18:282]
+    assert np.array_equal(label, expected[..., 0])
 
 
-@pytest.mark.parametrize("options, says", [
-    (["--raw", "no/such/folder"], "no/such/folder"), (["--run", "1"], "run1"),
-    (["--val", "many"], "many"), (["--clips", "3"], "--synthesize"),
-    (["--backgrounds", "."], "--synthesize"), (["--synthesize"], "not allowed"),
-    (["--trian", "3"], "--trian"), (["--raw", "half"], "test")])
-def test_a_mistake_is_one_sentence_before_anything_is_written(
-        options, says, raw, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "val"):
-        Path("half", split, "run0").mkdir(parents=True)
-    with pytest.raises(SystemExit) as stop:
-        sys.exit(run("--raw", raw, "--out", tmp_path / "out", *options))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and says in lines[-1] and not (tmp_path / "out").exists()
-    assert len(lines) == 1 or lines[0].startswith("usage")
+LEFT = np.zeros((40, 60), np.uint8)
+LEFT[:, :20] = 255
 
 
-@pytest.fixture(scope="module")
-def standin(tmp_path_factory):
-    """Clips of four frames, six for train, by whatever renderer: OUT, and OUT-raw."""
-    out = tmp_path_factory.mktemp("standin") / "standin"
-    options = ["--synthesize", "--out", out, "--frames", 4, "--size", 128, "--workers", 0]
-    assert [run(*options, "--clips", n) for n in (6, 6, 5)] == [0, 0, 2]
-    assert "not SURREAL" in json.loads((out / "classes.json").read_text())["source"]
-    return out, Path(f"{out}-raw")
+def write_pictures(folder, names, mask=LEFT):
+    """Red pictures of 60 x 40 and their masks, and the options to prepare them."""
+    for kind in ("pictures", "masks"):
+        Path(folder, kind).mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (60, 40), (250, 30, 30)).save(f"{folder}/pictures/{name}.png")
+        Image.fromarray(mask).save(f"{folder}/masks/{name}.png")
+    return ["--images", folder / "pictures", "--masks", folder / "masks", "--out", folder / "out",
+            "--size", 30, "--workers", 0, "--names", "background", "cat"]
 
 
-def test_rendered_files_are_surreals_and_the_same_for_any_workers(standin, tmp_path):
-    prepare.synthesize(tmp_path / "raw", 6, 4, 0, 2, None)
-    assert files(tmp_path / "raw") == files(standin[1])
-    assert len({path.name for path in standin[1].glob("*/run0/*/*.mp4")}) == 6 + 2 + 2
-    people = {(path.parts[-3], path.name[:3]) for path in standin[1].glob("*/run0/*")}
-    assert len(people) == len({person for _, person in people})     # nobody is in two splits
-    shapes = dict(
-        joints2D=(2, 24, 4), joints3D=(3, 24, 4), pose=(72, 4), zrot=(4, 1), camLoc=(3, 1),
-        shape=(10, 4), light=(9, 4), camDist=(1, 1), gender=(4, 1), stride=(1, 1), bg=(1, 4),
-        cloth=(1, 4), clipNo=(1, 1), sequence=(1,), source=(1,))
-    info = loadmat(next(standin[1].glob("val/run0/*/*_info.mat")))
-    assert {name: info[name].shape for name in shapes} == shapes
-    assert info["pose"].dtype == np.float32 and (info["joints2D"] % 1 == 0).all()
-    left, right = info["pose"].reshape(24, 3, 4)[18:20, 1]              # elbows bend forwards
-    assert (left <= 0).all() and (right >= 0).all() and (left < right).any()
+def placed(out):
+    return {frame: split for split in SPLITS for frame in frames(out, split)}
 
 
-def test_rendered_joints_lie_on_their_parts_images_are_mirrored_and_heads_stray(standin):
-    near, strays = [], []
-    for path in standin[1].glob("*/run0/*/*_info.mat"):
-        info, masks = loadmat(path), loadmat(str(path).replace("_info", "_segm"))
-        for t in range(4):
-            mask, joints, solid = (masks[f"segm_{t + 1}"], info["joints2D"][:, :, t].T,
-                                   info["joints3D"][:, :, t].T)
-            assert mask.shape == (240, 320) and mask.dtype == np.uint8 and mask.max() <= 24
-            for joint, (x, y) in enumerate(joints.astype(int)):
-                around = mask[max(y - 4, 0):max(y + 5, 0), max(x - 4, 0):max(x + 5, 0)]
-                if np.isin(around, (joint + 1, prepare.MIRROR[joint + 1])).any():   # or its twin
-                    near.append((around == joint + 1).any())
-            # The camera's axes right, down, away: a matrix of determinant -1, as in SURREAL.
-            axes = np.linalg.lstsq(solid - solid[0], joints - joints[0])[0].T
-            assert np.linalg.det([*axes, solid[0] - info["camLoc"].ravel()]) < 0
-            for labels in (mask, prepare.repair_head(mask)):
-                components, _ = ndimage.label(labels == 16, np.ones((3, 3)))
-                sizes = np.bincount(components.ravel())[1:]
-                strays.append((5 * sizes < sizes.max(initial=0)).any())
-    assert np.mean(near) > 0.95 and len(near) > 300
-    assert any(strays[::2]) and not any(strays[1::2])
+def test_six_pictures_become_a_folder_and_more_move_none(tmp_path, capsys):
+    options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
+    out = tmp_path / "out"
+    others = {"Thumbs.db", "._p_1.png", "folder"}
+    for name in others:
+        (tmp_path / "pictures" / name).touch()
+    assert run(*options) == 0
+    assert " 3 clips or files" in capsys.readouterr().out.splitlines()[-1]
+    assert {name for name, _ in reasons(out)} == others
+    before = placed(out)
+    assert len(before) == 6
+    assert {*before.values()} == {*SPLITS}
+    walk = [f"walk_{i:04d}" for i in range(20)]
+    write_pictures(tmp_path, walk + [f"x{i}" for i in range(40)])
+    for path in tmp_path.glob("*/p_0.png"):
+        path.unlink()
+    assert run(*options) == 0
+    after = placed(out)
+    del before["p_0"]
+    assert before.items() <= after.items()
+    assert len(after) == 65
+    assert len({after[frame] for frame in walk}) == 1
+    count = len(frames(out, "train"))
+    classes = read_classes(out)
+    assert classes["pixels"] == [400 * count, 200 * count]
+    assert classes["size"] == 30
+    assert f"'background': {400 * count}, 'cat': {200 * count}" in capsys.readouterr().out
+    assert np.allclose(classes["mean"], np.array([250, 30, 30]) / 255, atol=0.01)
 
 
-def test_class_frequencies_are_roughly_the_papers(standin):
-    labels = [load(standin[0], split, name)[1]
-              for split in prepare.SPLITS for name in frames(standin[0], split)]
-    share = np.bincount(np.ravel(labels), minlength=256)[:25] / np.size(labels)
-    assert (share > 0).all()
-    for paper, *group in ((.87346, 0), (.01027, 13, 16), (.04316, 1, 4, 7, 10), (.00440, 14, 15),
-                          (.04395, 2, 3, 5, 6), (.01478, 17, 18, 19, 20), (.00611, 8, 9, 11, 12),
-                          (.00389, 21, 22, 23, 24)):
-        assert 0.4 < share[group].sum() / paper < 2.5, group
+def test_a_new_groups_split_is_its_hash(tmp_path):
+    names = [f"name{i}" for i in range(1000)]
+    splits = prepare.split_frames(names, tmp_path)
+    fewer = prepare.split_frames(names[500:], tmp_path)
+    assert sum(splits[name] != split for name, split in fewer.items()) <= 6
+    counts = [list(splits.values()).count(split) for split in SPLITS]
+    assert np.allclose(counts, (800, 100, 100), atol=30)
 
 
-def test_backgrounds_are_shared_among_the_splits(tmp_path):
-    for i in range(12):
-        path = tmp_path / "photos" / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (330, 250), (20 * i, 250 - 20 * i, 90)).save(path)
-    prepare.synthesize(tmp_path / "raw", 3, 1, 0, 0, str(tmp_path / "photos"))
-    used = set()
-    for path in (tmp_path / "raw").rglob("*_info.mat"):
-        info = loadmat(path)
-        with av.open(str(path).replace("_info.mat", ".mp4")) as video:
-            red = next(video.decode(video=0)).to_ndarray(format="rgb24")[:9, :9, 0].mean()
-        photo = Path(info["bg"].item().item()).stem
-        assert abs(red - 20 * int(photo)) < 9 and info["joints2D"].shape == (2, 24)    # squeezed
-        used.add((path.parts[-4], photo))
-    assert len(used) == len({photo for _, photo in used})
+def test_pictures_are_upright_and_palettes_are_ids(tmp_path):
+    options = write_pictures(tmp_path, ["x"])
+    (tmp_path / "pictures/x.png").unlink()
+    (tmp_path / "masks/x.png").unlink()
+    mask = np.zeros((60, 40), np.uint8)
+    mask[:10] = 1
+    mask[50:] = 255
+    stored = Image.fromarray(mask)
+    stored.putpalette([0, 0, 0, 200, 0, 0] + [9] * 762)     # as grey, 1 would be 60
+    lying = np.zeros((40, 60, 3), np.uint8)
+    lying[:, :10] = 255                                     # the top, once it stands upright
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("é1", "é2", "é3"):
+        Image.fromarray(lying).save(f"{tmp_path}/pictures/{name}.jpg", exif=exif)
+        stored.save(f"{tmp_path}/masks/{unicodedata.normalize('NFD', name)}.png")
+    assert run(*options) == 0
+    frame, = frames(tmp_path / "out", "train")
+    image, labels = load(tmp_path / "out", "train", frame)
+    expected = np.full((30, 30), 255)                       # 60 x 60 at half the size
+    expected[:25, 5:25] = 0
+    expected[:5, 5:25] = 1
+    assert np.array_equal(labels, expected)
+    assert (image[:4, 15] > 200).all()
+    assert (image[7:, 15] < 60).all()
+
+
+@pytest.mark.parametrize("mask, values, says", [
+    (np.zeros((40, 60, 3), np.uint8), [], "mode RGB"),
+    (LEFT.astype(np.uint16), [], "mode I;16"),
+    (LEFT // 2, [], "value 127"),
+    (LEFT // 255, [0, 255], "value 1"),
+    (LEFT[1:], [], "(60, 39)"),
+    (LEFT, [], "--values 0 255"),
+    (LEFT, [0], "--values"),
+    (LEFT, [0, 0, 255], "--values"),
+    (LEFT, [0, 0], "--values"),
+    (LEFT, [0, 256], "--values")])
+def test_a_mask_of_anything_but_ids_is_one_sentence(mask, values, says, tmp_path, capsys):
+    options = write_pictures(tmp_path, ["a", "b", "c"])
+    Image.fromarray(mask).save(tmp_path / "masks/b.png")
+    assert run(*options, *["--values", *values][:5 * len(values)]) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out/classes.json").exists()
+    write_pictures(tmp_path, ["b"])                         # mended, the same folder is taken
+    assert run(*options, "--values", 0, 255) == 0
+
+
+@pytest.mark.parametrize("edit, says", [
+    (lambda folder: (folder / "masks/b.png").unlink(), "1 pictures have no mask"),
+    (lambda folder: (folder / "pictures/c.png").unlink(), "is c: "),
+    (lambda folder: (folder / "pictures/b.jpg").touch(), "one name"),
+    (lambda folder: (folder / "pictures/b.png").write_bytes(b""), "b.png"),
+    (lambda folder: [path.unlink() for path in folder.glob("*/b.png")], "2 new groups")])
+def test_pictures_without_a_partner_or_too_few_are_one_sentence(edit, says, tmp_path, capsys):
+    options = write_pictures(tmp_path, ["a", "b", "c"])
+    edit(tmp_path)
+    assert run(*options) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "av", av, raising=False)
+    out = tmp_path / "standin"
+    options = ["--synthesize", "--out", out, "--frames", 1, "--size", 64, "--workers", 0]
+    assert run(*options, "--clips", 2) == 0
+    assert run(*options, "--clips", 2) == 0
+    assert run(*options, "--clips", 1) == 2
+    assert "not SURREAL" in read_classes(out)["source"]
+    assert [len(frames(out, split)) for split in SPLITS] == [2, 2, 2]
+
+
+def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
+    for number in range(12):
+        prepare.write_whole(tmp_path / f"photos/{number}.JPG", b"")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/linked").symlink_to(tmp_path / "photos")
+    jobs = []
+    monkeypatch.setattr(prepare, "make_clip", lambda *job: jobs.append(job))
+    prepare.synthesize(tmp_path / "raw", 20, 1, 0, 0, f"{tmp_path}/all")
+    splits = [split for _, split, *_ in jobs]
+    assert splits == ["train"] * 20 + ["val"] * 2 + ["test"] * 2
+    used = {(split, picture) for _, split, *_, picture in jobs}
+    assert len(used) == len({picture for _, picture in used})
     with pytest.raises(prepare.Problem, match="10"):
-        prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, str(tmp_path / "raw"))
+        prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, f"{tmp_path}/raw")
+
+
+def test_groups_are_names_without_their_number_or_surreals_sequences():
+    names = ["walk_0001", "walk_7", "x", "01_01_c0001_037", "ung_01_01_c0002_001"]
+    assert [*prepare.groups_of(names).values()] == ["walk", "walk", "x", "01_01", "01_01"]
+    assert prepare.groups_of(names[:2]) == {"walk_0001": "walk_0001", "walk_7": "walk_7"}
