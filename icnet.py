@@ -88,16 +88,27 @@ def bottlenecks(count, c_in, c_mid, c_out, dilation=1):
     return nn.Sequential(*blocks)
 
 
+def averaging(side, cells, device):
+    """A matrix (cells, side) that averages `side` pixels over each of `cells` cells. A pixel counts
+    for every cell that it overlaps: with 5 pixels and 2 cells, the middle one counts for both. The
+    product is adaptive_avg_pool2d along one side, which torch.onnx ties to the example's size."""
+    cell = torch.arange(cells, device=device)[:, None]
+    pixel = torch.arange(side, device=device)
+    overlap = (pixel * cells < (cell + 1) * side) & (cell * side < (pixel + 1) * cells)
+    return overlap / overlap.sum(1, keepdim=True)
+
+
 def pyramid_pooling(x):
     """x plus its cell means on each grid of PYRAMID, enlarged again, all (B, C, H, W). So a pixel
-    also knows what is in its half, its third and its sixth of the image, and in all of it.
-    torch.onnx unrolls the cells, so an exported network takes the example's height and width alone.
-    """
-    x = x.float()       # see resize
-    grids = [F.adaptive_avg_pool2d(x, cells) for cells in PYRAMID]  # (B, C, cells, cells) each
-    total = x
-    for means in grids:
-        total = total + F.interpolate(means, x.shape[-2:], mode="bilinear")
+    also knows what is in its half, its third and its sixth of the image, and in all of it."""
+    H, W = x.shape[-2:]
+    total = x = x.float()       # see resize
+    with torch.autocast(x.device.type, enabled=False):
+        for cells in PYRAMID:
+            rows = averaging(H, cells, x.device)
+            columns = averaging(W, cells, x.device)
+            means = rows @ x @ columns.T                            # (B, C, cells, cells)
+            total = total + F.interpolate(means, (H, W), mode="bilinear")
     return total
 
 
