@@ -13,6 +13,7 @@ import argparse
 import glob
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -216,31 +217,27 @@ def evaluate_frames(predict, batches, groups, criterion=None):
 
 def check_classes(path, classes):
     """Raises Problem naming the first entry of classes.json that cannot be right."""
-    K = len(classes["names"])
-    shapes = {"palette": (K, 3), "mirror": (K,), "mean": (3,), "std": (3,)}
-    highest = {"palette": 255, "mirror": K - 1, "mean": 1, "std": 1}
-    for key, shape in shapes.items():
+    names = classes["names"]
+    K = len(names)
+    if not isinstance(names, list) or {str} != set(map(type, names)) or not 1 < K <= IGNORE:
+        raise Problem(f'{path}: "names" has to be a list of 2 to {IGNORE} names, from id 0 on')
+    arrays = {"palette": ((K, 3), 255), "mirror": ((K,), K - 1), "mean": ((3,), 1), "std": ((3,), 1)}
+    for key, (shape, highest) in arrays.items():
         try:
             values = np.array(classes[key], dtype=float)
-            right = values.shape == shape and values.min() >= 0 and values.max() <= highest[key]
         except (TypeError, ValueError):     # words, or lists of different lengths
-            right = False
-        if not right:
+            values = np.empty(0)
+        if values.shape != shape or values.min() < 0 or values.max() > highest:
             raise Problem(f'{path}: "{key}" has to be a list of shape {shape} with numbers from 0 '
-                          f"to {highest[key]}, not {str(classes[key])[:80]}")
-    mirror = np.array(classes["mirror"])
+                          f"to {highest}, not {str(classes[key])[:80]}")
+    mirror = classes["mirror"]
+    if [mirror[i] for i in mirror] != list(range(K)):
+        raise Problem(f'{path}: "mirror" has to lead from left to right and back: {mirror}')
+    if np.max(classes["palette"]) <= 1:
+        raise Problem(f'{path}: "palette" has to have colours from 0 to 255, not to 1')
     coarse = [*classes["groups"].values(), *classes["merge"].values()]
-    rules = [
-        (1 < K <= IGNORE, f"names have to be 2 to {IGNORE}, not {K}"),
-        ({str} == set(map(type, classes["names"])), 'names have to be a list like ["sky", "cat"]'),
-        ((mirror[mirror] == np.arange(K)).all(), "mirror has to lead from left to right and back"),
-        (np.max(classes["palette"]) > 1, "palette has to have colours from 0 to 255, not to 1"),
-        (min(classes["std"]) > 0, "std has to be above 0"),
-        (all(max(ids) < K for ids in coarse), f"groups and merge have ids from 0 to {K - 1}"),
-    ]
-    for right, rule in rules:
-        if not right:
-            raise Problem(f"{path}: {rule}")
+    if any(max(ids) >= K for ids in coarse):
+        raise Problem(f'{path}: "groups" and "merge" have to have ids from 0 to {K - 1}')
 
 
 def read_classes(data, count=False):
@@ -761,19 +758,32 @@ def run_command(program, function):
     """Ends the process with the status of function(); with 2 after one sentence on what a user can
     mend or a machine runs out of; with 130 after Ctrl-C. A bug keeps its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")       # names of files that are not UTF-8
+    status = 2
+    message = None
     try:
-        sys.exit(function())
+        status = function()
     except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        status, message = 130, "stopped by Ctrl-C"
     except (Problem, OSError) as error:     # a reader's traceback ends in "Problem: ..."
         message = (str(error) or repr(error)).splitlines()[-1].split("Problem: ")[-1]
     except (RuntimeError, MemoryError) as error:
         if not any(words in repr(error).lower() for words in MEMORY_WORDS):
             raise
         message = "out of memory: try a smaller --batch-size or --size"
-    print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(2)
+    finally:
+        end_readers()
+    if message:
+        print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def end_readers():
+    """Kills the readers that an error left behind: they ignore SIGTERM, with which Python would try
+    to end them at exit, and it would wait for ever."""
+    if hasattr(signal, "SIGCHLD"):      # torch would raise an error for each of them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,10 +2,10 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import types
 import unicodedata
-import warnings
 
 import numpy as np
 import pytest
@@ -326,7 +326,6 @@ def test_bad_labels_are_named_and_mended(label, words, tmp_path):
 @pytest.mark.parametrize("entry, words", [
     ('"mean": [120, 110, 100]', "mean;to 1"),
     ('"std": [60, 60, 60]', "std;to 1"),
-    ('"std": [0, 0.2, 0.2]', "std;above 0"),
     ('"mirror": [1, 2, 0]', "mirror;back"),
     ('"mirror": [0, 1]', "mirror;(3,)"),
     ('"mirror": [[1, 2]]', "mirror;(3,)"),
@@ -400,9 +399,9 @@ def test_fp16_predicts_like_fp32(data, run):
         predict = Predictor(*evaluate.load_checkpoint(run), CPU, precision)
         _, logits[precision] = predict(images, (64, 64))
         assert logits[precision].dtype == torch.float32
-    fp16 = (logits["fp16"] - logits["fp32"]).abs().max()
-    bf16 = (logits["bf16"] - logits["fp32"]).abs().max()
-    assert 0 < fp16 < bf16 < 0.2 * logits["fp32"].abs().max()
+    for precision, tolerance in ("fp16", 0.01), ("bf16", 0.1):
+        error = (logits[precision] - logits["fp32"]).abs().mean()
+        assert tolerance / 100 < error < tolerance, precision
 
 
 def test_readers_can_stay_alive(data):
@@ -496,13 +495,14 @@ def test_pictures_of_all_kinds(run, tmp_path, capsys, monkeypatch):
     assert thin.mode == "P" and len([*out.rglob("*-overlay.png")]) == 8
 
 
-def test_chinese_names_draw_without_a_warning(tmp_path):
-    classes = dict(names=["背景"], palette=[(0, 0, 0)], source="own")
-    picture = np.zeros((8, 8, 3), np.uint8)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "always"]
-        evaluate.draw_grid(tmp_path / "grid.png", [("猫", [picture], [""])], classes, [0])
-    assert not caught
+def test_chinese_names_draw_without_a_warning(data, tmp_path):
+    folder = tiny.write_prepared(tmp_path / "data", 1, names=["背景", "头", "手"], groups={})
+    kwargs = KWARGS | dict(num_classes=3)
+    path = tiny.write_checkpoint(tmp_path / "net.pt", SegNet(**kwargs), "segnet", folder,
+                                 kwargs=kwargs)
+    argv = ["--ckpt", path, "--images", folder / "test" / "images", "--out", tmp_path]
+    done = subprocess.run([sys.executable, evaluate.__file__, *argv], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "test_c0001_001" in done.stdout
 
 
 class Hostile:
