@@ -21,6 +21,7 @@ import signal
 import sys
 import unicodedata
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,7 @@ class Predictor:
         self.network = network.to(device, memory_format=self.memory_format)
         self.classes = checkpoint["classes"]
         self.settings = checkpoint["settings"]
+        self.size = self.settings["size"] or self.classes["size"]       # of its images, in pixels
         self.logit_weights = checkpoint["logit_weights"]
         self.device = device
         self.precision = precision
@@ -221,15 +223,16 @@ def check_classes(path, classes):
     K = len(names)
     if not isinstance(names, list) or {str} != set(map(type, names)) or not 1 < K <= IGNORE:
         raise Problem(f'{path}: "names" has to be a list of 2 to {IGNORE} names, from id 0 on')
-    arrays = {"palette": ((K, 3), 255), "mirror": ((K,), K - 1), "mean": ((3,), 1), "std": ((3,), 1)}
-    for key, (shape, highest) in arrays.items():
+    shapes = {"palette": (K, 3), "mirror": (K,), "mean": (3,), "std": (3,)}
+    limits = {"palette": 255, "mirror": K - 1, "mean": 1, "std": 1}
+    for key, shape in shapes.items():
         try:
             values = np.array(classes[key], dtype=float)
         except (TypeError, ValueError):     # words, or lists of different lengths
             values = np.empty(0)
-        if values.shape != shape or values.min() < 0 or values.max() > highest:
+        if values.shape != shape or values.min() < 0 or values.max() > limits[key]:
             raise Problem(f'{path}: "{key}" has to be a list of shape {shape} with numbers from 0 '
-                          f"to {highest}, not {str(classes[key])[:80]}")
+                          f"to {limits[key]}, not {str(classes[key])[:80]}")
     mirror = classes["mirror"]
     if [mirror[i] for i in mirror] != list(range(K)):
         raise Problem(f'{path}: "mirror" has to lead from left to right and back: {mirror}')
@@ -260,10 +263,9 @@ def read_classes(data, count=False):
     K = len(names)
     if isinstance(names, dict):         # {"0": "background", "1": "cat"}
         names = [names.get(str(i)) for i in range(K)]
-    shades = np.linspace(0, 0.95, K)
-    palette = colormaps["nipy_spectral"](shades, bytes=True)[:, :3].tolist()
-    defaults = dict(palette=palette, mirror=list(range(K)), groups={}, merge={}, joint_mirror=None,
-                    size=None, mean=[0.5] * 3, std=[0.25] * 3, settings={},
+    palette = colormaps["nipy_spectral"](np.linspace(0, 0.95, K), bytes=True)
+    defaults = dict(palette=palette[:, :3].tolist(), mirror=list(range(K)), joint_mirror=None,
+                    groups={}, merge={}, mean=[0.5] * 3, std=[0.25] * 3, size=None, settings={},
                     source=f"own data, {data}")
     classes = defaults | stored | dict(names=names)
     check_classes(path, classes)
@@ -272,7 +274,10 @@ def read_classes(data, count=False):
         if classes.get("counted") != len(train.frames):
             given = {key: stored[key] for key in ("mean", "std") if key in stored}
             classes |= count_pixels(train) | given
-            store_classes(path, classes)
+            try:
+                path.write_text(json.dumps(classes, indent=1), encoding="utf-8")
+            except OSError as error:
+                print(f"{path} cannot be written ({error.strerror}): its counts are not kept")
     return classes
 
 
@@ -296,24 +301,20 @@ def count_pixels(split):
     return dict(size=split.prepared, pixels=pixels, mean=mean.tolist(), std=std, counted=count)
 
 
-def store_classes(path, classes):
-    """Replaces classes.json in one step, so that a stopped program leaves no half of it."""
-    try:
-        Path(f"{path}.new").write_text(json.dumps(classes, indent=1), encoding="utf-8")
-        os.replace(f"{path}.new", path)
-    except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}), so what was counted is not kept")
-
-
 def pictures_in(folder, endings=(".jpg", ".jpeg", ".png"), pattern="*"):
     """Sorted paths of a folder's pictures, hidden files (macOS leaves "._" ones) left out."""
     names = glob.glob(pattern, root_dir=folder, recursive=True)
     return [f"{folder}/{name}" for name in sorted(names) if name.lower().endswith(endings)]
 
 
+def composed(name):
+    """macOS stores an accent as a character of its own (NFD), others do not (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def frames_in(folder):
-    """Frame name -> path. macOS stores an accent as a letter of its own, others do not (NFC)."""
-    return {unicodedata.normalize("NFC", Path(path).stem): path for path in pictures_in(folder)}
+    """Frame name -> path of its picture."""
+    return {composed(Path(path).stem): path for path in pictures_in(folder)}
 
 
 def group_of(frame):
@@ -325,12 +326,13 @@ def group_of(frame):
 
 def shared_groups(data):
     """Sorted names of the groups that occur in two splits of the folder, [] if none do."""
-    folders = [Path(data) / split / "images" for split in ("train", "val", "test")]
-    splits = [{group_of(frame) for frame in frames_in(folder)} for folder in folders]
-    if len(set.union(*splits)) == 1:    # not videos: all are called IMG, for example
+    splits = Counter()      # group -> number of splits with it
+    for split in ("train", "val", "test"):
+        frames = frames_in(Path(data) / split / "images")
+        splits.update({group_of(frame) for frame in frames})
+    if len(splits) == 1:    # no videos: all pictures are called IMG, for example
         return []
-    shared = [one & other for one, other in itertools.combinations(splits, 2)]
-    return sorted(set.union(*shared))
+    return sorted(group for group, count in splits.items() if count > 1)
 
 
 def open_picture(path, side=None, size=None):
@@ -385,9 +387,8 @@ class Split(Dataset):
     def read_joints(self, path):
         """(frames, J, 2) float32, x and y in pixels of the prepared images, NaN where unknown."""
         stored = np.load(path)
-        known = {}
-        for frame, joints in zip(stored["frames"].tolist(), stored["joints"]):
-            known[unicodedata.normalize("NFC", frame)] = joints
+        names = [composed(frame) for frame in stored["frames"].tolist()]
+        known = dict(zip(names, stored["joints"]))
         if not known.keys() & self.images.keys():
             raise Problem(f"{path} has joints of no frame in {self.folder}/images")
         unknown = np.full_like(stored["joints"][0], np.nan)
@@ -513,7 +514,8 @@ def class_table(title, names, confusion):
     columns = [figures[key] for key in ("iou", "class_f1", "class_precision", "recall")]
     for name, *values in zip(names, *columns):
         rows.append((name, *map(percent, values)))
-    rows.append(("mean", *(percent(np.nanmean(column)) for column in columns)))
+    means = [np.nanmean(column) for column in columns]
+    rows.append(("mean", *map(percent, means)))
     return "\n" + markdown(rows)
 
 
@@ -522,7 +524,7 @@ def report_text(runs, per_class=True):
     classes = runs[0]["classes"]
     split = runs[0]["split"]
     columns = [report_column(run) for run in runs]
-    rows = [[title, *(column[title] for column in columns)] for title in columns[0]]
+    rows = [(title, *(column[title] for column in columns)) for title in columns[0]]
     kind = "frames, each of its own" if split.groups == split.frames else "videos or sequences"
     lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
              f"{len(set(split.groups))} groups ({kind})\n",
@@ -556,9 +558,8 @@ def colours(labels, palette):
 
 def draw_grid(path, rows, classes, ids):
     """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
-    first_pictures = rows[0][1]
-    across = len(first_pictures)
-    height, width = first_pictures[0].shape[:2]
+    across = len(rows[0][1])
+    height, width = rows[0][1][0].shape[:2]
     cell = max(2.9, min(width, 1024) / 110)     # inches: a pixel for every pixel up to 1024
     inches = (cell * across + 1, cell * len(rows) * height / width + 1.3)
     sheet = figure.Figure(inches, dpi=110, layout="constrained")
@@ -568,33 +569,33 @@ def draw_grid(path, rows, classes, ids):
         for axes, picture, title in zip(line, pictures, titles):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[], title=title)
-    handles = [patches.Patch(color=np.array(classes["palette"][i]) / 255) for i in ids]
-    names = [classes["names"][i] for i in ids]
-    sheet.legend(handles, names, title=classes["source"], fontsize=9, frameon=False,
+    palette = np.array(classes["palette"]) / 255
+    handles = [patches.Patch(color=palette[i], label=classes["names"][i]) for i in ids]
+    sheet.legend(handles=handles, title=classes["source"], fontsize=9, frameon=False,
                  loc="outside lower center", ncols=int(1.6 * across))
     sheet.savefig(path)
 
 
 def draw_examples(path, runs):
-    """Six groups, from the best mIoU to the worst: photo, ground truth, a row for each network."""
+    """Six frames, from the best mIoU to the worst: photo, ground truth, a row for each network."""
     split = runs[0]["split"]
     classes = runs[0]["classes"]
     palette = classes["palette"]
     frame_miou = np.nan_to_num([run["frame_miou"] for run in runs])         # (runs, N)
-    _, first = np.unique(split.groups, return_index=True)       # the first frame of each group
-    order = np.argsort(-frame_miou.mean(0)[first], kind="stable")
-    places = np.linspace(0, len(order) - 1, 6).astype(int)
-    chosen = first[order[np.unique(places)]]
-    batch = Split(split.folder.parent, split.folder.name, classes)[chosen]      # as prepared
-    labels = batch["labels"]
+    best_first = np.argsort(-frame_miou.mean(0), kind="stable")
+    places = np.linspace(0, len(best_first) - 1, 6).astype(int)
+    chosen = best_first[np.unique(places)]
+    batch = split[chosen]
+    labels = batch["labels"].numpy()
     blank = [""] * len(chosen)
     rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), blank),
-            ("ground truth", colours(labels.numpy(), palette), blank)]
+            ("ground truth", colours(labels, palette), blank)]
     for run, values in zip(runs, frame_miou[:, chosen]):
-        prediction, _ = run["predict"](run["split"][chosen]["images"], labels.shape[1:])
+        images = run["split"][chosen]["images"]
+        prediction, _ = run["predict"](images, labels.shape[1:])
         titles = [f"mIoU {percent(value)} %" for value in values]
-        rows.append((run["name"], colours(prediction.cpu().numpy(), palette), titles))
-    draw_grid(path, rows, classes, range(len(classes["names"])))
+        rows.append((run["name"], colours(prediction.cpu(), palette), titles))
+    draw_grid(path, rows, classes, range(len(palette)))
 
 
 def fitted(image, side, method):
@@ -618,8 +619,7 @@ def segment(predict, files, out):
     """Writes <file>-overlay.png and <file>-labels.png of pictures of any size into the folder
     `out`, where they keep their folders, because two of these can have a 1.jpg. A broken picture is
     reported and skipped; the exit status is then 1, else 0."""
-    palette = predict.classes["palette"]
-    size = predict.settings["size"] or predict.classes["size"]
+    classes = predict.classes
     common = os.path.commonpath(map(os.path.dirname, files))
     status = 0
     for file in files:
@@ -629,20 +629,20 @@ def segment(predict, files, out):
             print(problem)
             status = 1
             continue
-        small = fitted(image, size, Image.BILINEAR)         # as in training
+        small = fitted(image, predict.size, Image.BILINEAR)         # as in training
         shown = fitted(image, min(1024, max(image.size)), Image.BICUBIC)     # to look at
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
         prediction, _ = predict(pixels[None], shown.size[::-1])
         ids = prediction[0].byte().cpu().numpy()
         photo = np.asarray(shown)
-        tinted = photo // 3 + colours(ids, palette) // 3 * 2
+        tinted = photo // 3 + colours(ids, classes["palette"]) // 3 * 2
         overlay = np.where(ids[..., None] > 0, tinted, photo)
         result = Path(out) / os.path.relpath(file, common)
         result.parent.mkdir(parents=True, exist_ok=True)
         rows = [("", [photo, overlay], ["", ""])]
-        draw_grid(f"{result}-overlay.png", rows, predict.classes, np.unique(ids))
+        draw_grid(f"{result}-overlay.png", rows, classes, np.unique(ids))
         labels = Image.fromarray(ids).resize(image.size, Image.NEAREST)
-        labels.putpalette(colours(np.arange(IGNORE + 1), palette).tobytes())
+        labels.putpalette(colours(np.arange(IGNORE + 1), classes["palette"]).tobytes())
         labels.save(f"{result}-labels.png")
         print(f"{file}: {result}-overlay.png, -labels.png")
     return status
@@ -659,11 +659,8 @@ def bf16_instructions():
 def fastest_precision(device):
     """bf16 where the hardware has it; fp16 on CUDA cards before Ampere, which have no bf16."""
     if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return "bf16" if ampere else "fp16"
-    if device.type == "cpu" and bf16_instructions():
-        return "bf16"
-    return "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if device.type == "cpu" and bf16_instructions() else "fp32"
 
 
 def pick_device(name="auto", precision="auto"):
@@ -708,10 +705,12 @@ def find_checkpoint(path):
     """The file `path`, or the newest best.pt in that folder. Raises Problem for none."""
     if Path(path).is_file():
         return Path(path)
-    for best in newest(path, "best.pt"):
-        return best
-    for last in newest(path, "last.pt"):
-        raise Problem(f"there is no best.pt in {path} yet, as nothing was validated: name {last}")
+    best = newest(path, "best.pt")
+    if best:
+        return best[0]
+    last = newest(path, "last.pt")
+    if last:
+        raise Problem(f"there is no best.pt in {path}, as nothing was validated: name {last[0]}")
     raise Problem(f"there is no checkpoint {path} or best.pt in it: train one (train.py --help)")
 
 
@@ -731,17 +730,16 @@ def load_checkpoint(path):
 def measure(path, split, data=None, device="auto", precision="auto", batch_size=8, workers=None):
     """One checkpoint on one split: what reports and pictures need, as a dict."""
     path = Path(path)
-    device, precision = pick_device(device, precision)
-    predict = Predictor(*load_checkpoint(path), device, precision)
+    predict = Predictor(*load_checkpoint(path), *pick_device(device, precision))
     data = data or predict.settings["data"]
     classes = read_classes(data)
-    trained = predict.classes
-    if classes["names"] != trained["names"]:
+    if classes["names"] != predict.classes["names"]:
         raise Problem(f"{data} has other classes than {path}: name other data with --data")
-    frames = Split(data, split, classes, predict.settings["size"] or trained["size"])
+    frames = Split(data, split, classes, predict.size)
     indices = range(len(frames.frames))
     chunks = [indices[start:start + batch_size] for start in indices[::batch_size]]
-    batches = reader(frames, chunks, reader_count(workers, device), device)
+    workers = reader_count(workers, predict.device)
+    batches = reader(frames, chunks, workers, predict.device)
     _, codes = np.unique(frames.groups, return_inverse=True)
     # Thousands of groups share a thousand matrices: 180 MB for 150 classes, alike intervals.
     confusions, frame_miou, _ = evaluate_frames(predict, batches, codes % 1000)
@@ -803,7 +801,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def build_parser():
+def parse(argv):
+    """The options of the command line, checked."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--ckpt", nargs="*", default=[], metavar="PATH",
@@ -814,33 +813,37 @@ def build_parser():
     add("--per-class", action="store_true", help="print the figures of every class too")
     add("--out", metavar="DIR", help="folder for results, if not beside the checkpoint or in runs/")
     add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
-    return parser
-
-
-def main(argv=None):
-    """Returns the exit status, or raises what run_command explains."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error("--batch-size starts at 1")
     if args.images and len(args.ckpt) > 1:
         parser.error("--images takes one --ckpt")
-    files = find_pictures(args.images) if args.images else []
-    paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
-    if files:
-        device, precision = pick_device(args.device, args.precision)
-        predict = Predictor(*load_checkpoint(paths[0]), device, precision)
-        return segment(predict, files, args.out or "runs/pictures")
-    machine = (args.device, args.precision, args.batch_size, args.workers)
-    runs = [measure(path, args.split, args.data, *machine) for path in paths]
+    return args
+
+
+def compare(runs, out, per_class):
+    """Writes report.md and examples.png into the folder `out`, and prints the report."""
     if len({run["split"].folder for run in runs}) > 1:
         raise Problem("these networks were trained on different data: choose one with --data")
-    beside = paths[0].parent / args.split if len(paths) == 1 else "runs/comparison"
-    out = Path(args.out or beside)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report_text(runs), encoding="utf-8")
     draw_examples(out / "examples.png", runs)
-    print(report_text(runs, args.per_class), f"\nWritten into {out}: report.md, examples.png")
+    print(report_text(runs, per_class), f"\nWritten into {out}: report.md, examples.png")
+
+
+def main(argv=None):
+    """Returns the exit status, or raises what run_command explains."""
+    args = parse(argv)
+    files = find_pictures(args.images) if args.images else []
+    paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
+    machine = (args.device, args.precision)
+    if files:
+        predict = Predictor(*load_checkpoint(paths[0]), *pick_device(*machine))
+        return segment(predict, files, args.out or "runs/pictures")
+    options = (*machine, args.batch_size, args.workers)
+    runs = [measure(path, args.split, args.data, *options) for path in paths]
+    beside = paths[0].parent / args.split if len(runs) == 1 else "runs/comparison"
+    compare(runs, Path(args.out or beside), args.per_class)
     return 0
 
 

@@ -169,7 +169,7 @@ def test_predictions_are_of_enlarged_and_weighted_logits(data, weights, expected
     logits = torch.tensor([[0.0, 4.0], [1.1, 1.1]]).view(1, 2, 1, 2).expand(1, 2, 2, 2)
     network = SegNet(num_classes=2, width=0.0625)
     network.forward = lambda images: logits
-    learned = dict(classes=read_classes(data), settings={}, logit_weights=weights)
+    learned = dict(classes=read_classes(data), settings=dict(size=2), logit_weights=weights)
     predict = Predictor(learned, network, CPU, "fp32")
     prediction, returned = predict(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (8, 8))
     assert prediction.tolist() == returned.argmax(1).tolist() == [[expected] * 8]
@@ -272,6 +272,10 @@ def test_own_data_needs_names_alone(tmp_path):
     assert classes["mean"] + classes["std"] == pytest.approx([*stored.mean(0), *stored.std(0)])
 
 
+def read_only(path, text, encoding):
+    raise PermissionError(13, "Permission denied", path)
+
+
 def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, capsys, monkeypatch):
     path = tmp_path / "classes.json"
     write_own(tmp_path, "a", GOOD, GOOD)
@@ -286,7 +290,7 @@ def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, caps
     counted = path.read_text()
     write_own(tmp_path, "b", GOOD, GOOD)
     path.write_text(counted)
-    (tmp_path / "classes.json.new").mkdir()         # as if the folder could not be written
+    monkeypatch.setattr(evaluate.Path, "write_text", read_only)
     assert read_classes(tmp_path, count=True)["pixels"] == [512, 512, 512]
     assert "cannot be written" in capsys.readouterr().out and path.read_text() == counted
 
