@@ -75,7 +75,8 @@ def confusion_matrices(prediction, labels, K):
     image = torch.arange(B, device=labels.device).view(B, 1, 1)
     row = image * (K + 1) + labels.clamp(max=K)     # each image has K + 1 rows of its own
     cell = row * K + prediction
-    counts = torch.bincount(cell.flatten(), minlength=B * (K + 1) * K)
+    cells = B * (K + 1) * K
+    counts = torch.bincount(cell.flatten(), minlength=cells)
     return counts.view(B, K + 1, K)[:, :K]
 
 
@@ -118,7 +119,8 @@ def merge_classes(confusion, merge):
     merge: coarse name -> its ids. A left hand that was taken for left fingers is right when both
     are "left hand": the rows and the columns of a coarse class are added up.
     """
-    belongs = np.zeros((len(merge), confusion.shape[-1]), np.int64)     # [coarse, fine]
+    K = confusion.shape[-1]
+    belongs = np.zeros((len(merge), K), np.int64)       # [coarse, fine]
     for row, ids in zip(belongs, merge.values()):
         row[ids] = 1
     return belongs @ confusion @ belongs.T
@@ -134,7 +136,8 @@ def bootstrap(confusions, other=None, draws=1000, seed=0):
     """
     G = len(confusions)
     rng = np.random.default_rng(seed)
-    times_drawn = rng.multinomial(G, [1 / G] * G, size=draws).astype(float)     # (draws, G)
+    times_drawn = rng.multinomial(G, [1 / G] * G, size=draws)       # (draws, G)
+    times_drawn = times_drawn.astype(float)
     values = scores(np.tensordot(times_drawn, confusions, 1))       # of (draws, K, K) matrices
     if other is not None:
         others = scores(np.tensordot(times_drawn, other, 1))
@@ -152,8 +155,9 @@ def paired_difference(one, other):
     What is hard for one network is hard for the other too, so the interval of the difference is
     narrower than the two intervals suggest.
     """
-    points = scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"]
-    return float(points), bootstrap(one, other)["miou"]
+    miou = scores(one.sum(0))["miou"]
+    other_miou = scores(other.sum(0))["miou"]
+    return float(miou - other_miou), bootstrap(one, other)["miou"]
 
 
 class Predictor:
@@ -167,7 +171,6 @@ class Predictor:
         self.network = network.to(device, memory_format=self.memory_format)
         self.classes = checkpoint["classes"]
         self.settings = checkpoint["settings"]
-        self.size = self.settings["size"] or self.classes["size"]       # of its images, in pixels
         self.logit_weights = checkpoint["logit_weights"]
         self.device = device
         self.precision = precision
@@ -221,16 +224,18 @@ def check_classes(path, classes):
     """Raises Problem naming the first entry of classes.json that cannot be right."""
     names = classes["names"]
     K = len(names)
-    if not isinstance(names, list) or {str} != set(map(type, names)) or not 1 < K <= IGNORE:
+    are_words = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_words or not 1 < K <= IGNORE:
         raise Problem(f'{path}: "names" has to be a list of 2 to {IGNORE} names, from id 0 on')
-    shapes = {"palette": (K, 3), "mirror": (K,), "mean": (3,), "std": (3,)}
-    limits = {"palette": 255, "mirror": K - 1, "mean": 1, "std": 1}
+    shapes = dict(palette=(K, 3), mirror=(K,), mean=(3,), std=(3,))
+    limits = dict(palette=255, mirror=K - 1, mean=1, std=1)
     for key, shape in shapes.items():
         try:
             values = np.array(classes[key], dtype=float)
         except (TypeError, ValueError):     # words, or lists of different lengths
             values = np.empty(0)
-        if values.shape != shape or values.min() < 0 or values.max() > limits[key]:
+        right_shape = values.shape == shape
+        if not right_shape or values.min() < 0 or values.max() > limits[key]:
             raise Problem(f'{path}: "{key}" has to be a list of shape {shape} with numbers from 0 '
                           f"to {limits[key]}, not {str(classes[key])[:80]}")
     mirror = classes["mirror"]
@@ -263,10 +268,20 @@ def read_classes(data, count=False):
     K = len(names)
     if isinstance(names, dict):         # {"0": "background", "1": "cat"}
         names = [names.get(str(i)) for i in range(K)]
-    palette = colormaps["nipy_spectral"](np.linspace(0, 0.95, K), bytes=True)
-    defaults = dict(palette=palette[:, :3].tolist(), mirror=list(range(K)), joint_mirror=None,
-                    groups={}, merge={}, mean=[0.5] * 3, std=[0.25] * 3, size=None, settings={},
-                    source=f"own data, {data}")
+    shades = np.linspace(0, 0.95, K)
+    palette = colormaps["nipy_spectral"](shades, bytes=True)
+    defaults = dict(
+        palette=palette[:, :3].tolist(),
+        mirror=list(range(K)),
+        joint_mirror=None,
+        groups={},
+        merge={},
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        size=None,
+        settings={},
+        source=f"own data, {data}",
+    )
     classes = defaults | stored | dict(names=names)
     check_classes(path, classes)
     if count and not classes["settings"]:
@@ -297,8 +312,14 @@ def count_pixels(split):
     if pixels.count(0) >= K - 1:
         raise Problem(f"{split.folder}/labels show one class. 255 means ignore, so a mask of 0 and "
                       "255 has to become one of 0 and 1")
-    std = np.sqrt(np.maximum(square - mean ** 2, 1e-6)).tolist()
-    return dict(size=split.prepared, pixels=pixels, mean=mean.tolist(), std=std, counted=count)
+    variance = np.maximum(square - mean ** 2, 1e-6)
+    return dict(
+        size=split.prepared,
+        pixels=pixels,
+        mean=mean.tolist(),
+        std=np.sqrt(variance).tolist(),
+        counted=count,
+    )
 
 
 def pictures_in(folder, endings=(".jpg", ".jpeg", ".png"), pattern="*"):
@@ -378,7 +399,8 @@ class Split(Dataset):
         self.groups = [group_of(frame) for frame in self.frames]
         if len(set(self.groups)) == 1:
             self.groups = self.frames
-        self.prepared = classes["size"] or open_picture(self.images[self.frames[0]]).width
+        first_image = self.images[self.frames[0]]
+        self.prepared = classes["size"] or open_picture(first_image).width
         self.size = size or self.prepared
         self.label_size = self.size if labels_at_size else self.prepared
         joints = self.folder / "joints.npz"
@@ -400,10 +422,11 @@ class Split(Dataset):
         pairs = [self.load_frame(self.frames[index]) for index in indices]
         images = np.stack([image for image, _ in pairs])
         labels = np.stack([label for _, label in pairs])
-        batch = dict(images=torch.from_numpy(images).permute(0, 3, 1, 2),    # channels last
-                     labels=torch.from_numpy(labels))
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)       # channels last in memory
+        batch = dict(images=images, labels=torch.from_numpy(labels))
         if self.joints is not None:     # whole numbers are the centres of pixels
-            joints = (self.joints[list(indices)] + 0.5) * self.size / self.prepared - 0.5
+            scale = self.size / self.prepared
+            joints = (self.joints[list(indices)] + 0.5) * scale - 0.5
             batch["joints"] = torch.from_numpy(joints.astype(np.float32))
         return batch
 
@@ -455,7 +478,8 @@ def reader_count(workers, device, processes=1):
         return workers
     if device.type != "cuda":
         return 1
-    return min(max((os.cpu_count() or 1) // processes, 1), 16)
+    cores = os.cpu_count() or 1
+    return min(max(cores // processes, 1), 16)
 
 
 def to_device(batch, device):
@@ -466,7 +490,8 @@ def to_device(batch, device):
 def normalise(images, classes, memory_format=torch.channels_last):
     """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, in one pass."""
     moments = torch.tensor([classes["mean"], classes["std"]])
-    mean, std = moments.to(images.device, non_blocking=True).view(2, 1, 3, 1, 1)
+    moments = moments.to(images.device, non_blocking=True)
+    mean, std = moments.view(2, 1, 3, 1, 1)
     normalised = torch.addcmul(-mean / std, images, 1 / (255 * std))
     return normalised.contiguous(memory_format=memory_format)
 
@@ -483,10 +508,13 @@ def percent(value, half=np.nan, digits=1):
 
 def markdown(rows):
     """A Markdown table, padded so that it reads in a terminal too; the first row is its head."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    head, *body = [[str(cell).ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    widths = [max(map(len, map(str, column))) for column in zip(*rows)]
     rule = ["-" * width for width in widths]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *body])
+    text = ""
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def report_column(run):
@@ -498,10 +526,13 @@ def report_column(run):
     column = {"%": run["name"], "image size": run["split"].size}
     for key, title in FIGURES.items():
         column[title] = percent(figures[key], half_widths[key])
-    sides = [(a, b) for a, b in enumerate(classes["mirror"]) if a != b]     # left and right
+    ids = np.arange(len(confusion))
+    mirror = np.array(classes["mirror"])
+    sides = ids != mirror               # classes with a left and a right
+    swapped = confusion[ids, mirror][sides].sum()
     wrong = confusion.sum() - confusion.trace()
-    swapped = sum(confusion[pair] for pair in sides) / max(wrong, 1) if sides else np.nan
-    column["left and right confused, of wrong pixels"] = percent(swapped)
+    share = swapped / max(wrong, 1) if sides.any() else np.nan
+    column["left and right confused, of wrong pixels"] = percent(share)
     for group, ids in classes["groups"].items():
         column[f"accuracy: {group}"] = percent(np.nanmean(figures["recall"][ids]))
     return column
@@ -524,7 +555,9 @@ def report_text(runs, per_class=True):
     classes = runs[0]["classes"]
     split = runs[0]["split"]
     columns = [report_column(run) for run in runs]
-    rows = [(title, *(column[title] for column in columns)) for title in columns[0]]
+    rows = []
+    for title in columns[0]:
+        rows.append((title, *(column[title] for column in columns)))
     kind = "frames, each of its own" if split.groups == split.frames else "videos or sequences"
     lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
              f"{len(set(split.groups))} groups ({kind})\n",
@@ -535,7 +568,8 @@ def report_text(runs, per_class=True):
         lines.append(f"{len(shared)} groups are in two splits, {shared[0]} for example, so these "
                      "figures are too good for new data.")
     for one, other in itertools.combinations(runs, 2):
-        points = percent(*paired_difference(one["confusions"], other["confusions"]), digits=2)
+        difference = paired_difference(one["confusions"], other["confusions"])
+        points = percent(*difference, digits=2)
         lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, paired.")
     for run in runs:
         confusion = run["confusions"].sum(0)
@@ -561,7 +595,10 @@ def draw_grid(path, rows, classes, ids):
     across = len(rows[0][1])
     height, width = rows[0][1][0].shape[:2]
     cell = max(2.9, min(width, 1024) / 110)     # inches: a pixel for every pixel up to 1024
-    inches = (cell * across + 1, cell * len(rows) * height / width + 1.3)
+    inches = (
+        cell * across + 1,
+        cell * len(rows) * height / width + 1.3,
+    )
     sheet = figure.Figure(inches, dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
     for line, (name, pictures, titles) in zip(grid, rows):
@@ -570,9 +607,17 @@ def draw_grid(path, rows, classes, ids):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[], title=title)
     palette = np.array(classes["palette"]) / 255
-    handles = [patches.Patch(color=palette[i], label=classes["names"][i]) for i in ids]
-    sheet.legend(handles=handles, title=classes["source"], fontsize=9, frameon=False,
-                 loc="outside lower center", ncols=int(1.6 * across))
+    handles = []
+    for i in ids:
+        handles.append(patches.Patch(color=palette[i], label=classes["names"][i]))
+    sheet.legend(
+        handles=handles,
+        title=classes["source"],
+        fontsize=9,
+        frameon=False,
+        loc="outside lower center",
+        ncols=int(1.6 * across),
+    )
     sheet.savefig(path)
 
 
@@ -588,20 +633,23 @@ def draw_examples(path, runs):
     batch = split[chosen]
     labels = batch["labels"].numpy()
     blank = [""] * len(chosen)
-    rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), blank),
-            ("ground truth", colours(labels, palette), blank)]
+    photos = batch["images"].permute(0, 2, 3, 1).numpy()
+    truth = colours(labels, palette)
+    rows = [("photo", photos, blank), ("ground truth", truth, blank)]
     for run, values in zip(runs, frame_miou[:, chosen]):
         images = run["split"][chosen]["images"]
         prediction, _ = run["predict"](images, labels.shape[1:])
         titles = [f"mIoU {percent(value)} %" for value in values]
-        rows.append((run["name"], colours(prediction.cpu(), palette), titles))
+        coloured = colours(prediction.cpu().numpy(), palette)
+        rows.append((run["name"], coloured, titles))
     draw_grid(path, rows, classes, range(len(palette)))
 
 
 def fitted(image, side, method):
     """The PIL image with its longer side `side`; the shorter one keeps at least a pixel."""
     scale = side / max(image.size)
-    return image.resize([max(1, round(length * scale)) for length in image.size], method)
+    size = [max(1, round(length * scale)) for length in image.size]
+    return image.resize(size, method)
 
 
 def find_pictures(entries):
@@ -609,7 +657,10 @@ def find_pictures(entries):
     endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
     files = []
     for entry in map(os.path.abspath, entries):
-        files += pictures_in(entry, endings, "**/*") if os.path.isdir(entry) else [entry]
+        if os.path.isdir(entry):
+            files += pictures_in(entry, endings, "**/*")
+        else:
+            files.append(entry)
     if not any(map(os.path.isfile, files)):
         raise Problem(f"--images {' '.join(entries)}: no picture is there")
     return files
@@ -620,6 +671,8 @@ def segment(predict, files, out):
     `out`, where they keep their folders, because two of these can have a 1.jpg. A broken picture is
     reported and skipped; the exit status is then 1, else 0."""
     classes = predict.classes
+    size = predict.settings["size"] or classes["size"]
+    palette = colours(np.arange(IGNORE + 1), classes["palette"])        # of all labels
     common = os.path.commonpath(map(os.path.dirname, files))
     status = 0
     for file in files:
@@ -629,20 +682,20 @@ def segment(predict, files, out):
             print(problem)
             status = 1
             continue
-        small = fitted(image, predict.size, Image.BILINEAR)         # as in training
+        small = fitted(image, size, Image.BILINEAR)         # as in training
         shown = fitted(image, min(1024, max(image.size)), Image.BICUBIC)     # to look at
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
         prediction, _ = predict(pixels[None], shown.size[::-1])
         ids = prediction[0].byte().cpu().numpy()
         photo = np.asarray(shown)
-        tinted = photo // 3 + colours(ids, classes["palette"]) // 3 * 2
+        tinted = photo // 3 + palette[ids] // 3 * 2
         overlay = np.where(ids[..., None] > 0, tinted, photo)
         result = Path(out) / os.path.relpath(file, common)
         result.parent.mkdir(parents=True, exist_ok=True)
         rows = [("", [photo, overlay], ["", ""])]
         draw_grid(f"{result}-overlay.png", rows, classes, np.unique(ids))
         labels = Image.fromarray(ids).resize(image.size, Image.NEAREST)
-        labels.putpalette(colours(np.arange(IGNORE + 1), classes["palette"]).tobytes())
+        labels.putpalette(palette.tobytes())
         labels.save(f"{result}-labels.png")
         print(f"{file}: {result}-overlay.png, -labels.png")
     return status
@@ -698,7 +751,8 @@ def autocast(device, precision):
 def newest(folder, name):
     """Paths of all files called `name` in `folder` or below, linked folders too, newest first."""
     found = glob.glob(f"**/{name}", root_dir=folder, recursive=True)     # rglob skips links
-    return sorted((Path(folder) / path for path in found), key=os.path.getmtime, reverse=True)
+    paths = [Path(folder) / path for path in found]
+    return sorted(paths, key=os.path.getmtime, reverse=True)
 
 
 def find_checkpoint(path):
@@ -735,7 +789,8 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
     classes = read_classes(data)
     if classes["names"] != predict.classes["names"]:
         raise Problem(f"{data} has other classes than {path}: name other data with --data")
-    frames = Split(data, split, classes, predict.size)
+    size = predict.settings["size"] or predict.classes["size"]
+    frames = Split(data, split, classes, size)
     indices = range(len(frames.frames))
     chunks = [indices[start:start + batch_size] for start in indices[::batch_size]]
     workers = reader_count(workers, predict.device)
@@ -743,8 +798,14 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
     _, codes = np.unique(frames.groups, return_inverse=True)
     # Thousands of groups share a thousand matrices: 180 MB for 150 classes, alike intervals.
     confusions, frame_miou, _ = evaluate_frames(predict, batches, codes % 1000)
-    return dict(name=str(path.with_suffix("")), predict=predict, split=frames, classes=classes,
-                confusions=confusions, frame_miou=frame_miou)
+    return dict(
+        name=str(path.with_suffix("")),
+        predict=predict,
+        split=frames,
+        classes=classes,
+        confusions=confusions,
+        frame_miou=frame_miou,
+    )
 
 
 # ---- Command line
@@ -763,7 +824,8 @@ def run_command(program, function):
     except KeyboardInterrupt:
         status, message = 130, "stopped by Ctrl-C"
     except (Problem, OSError) as error:     # a reader's traceback ends in "Problem: ..."
-        message = (str(error) or repr(error)).splitlines()[-1].split("Problem: ")[-1]
+        last_line = (str(error) or repr(error)).splitlines()[-1]
+        message = last_line.split("Problem: ")[-1]
     except (RuntimeError, MemoryError) as error:
         if not any(words in repr(error).lower() for words in MEMORY_WORDS):
             raise

@@ -169,7 +169,7 @@ def test_predictions_are_of_enlarged_and_weighted_logits(data, weights, expected
     logits = torch.tensor([[0.0, 4.0], [1.1, 1.1]]).view(1, 2, 1, 2).expand(1, 2, 2, 2)
     network = SegNet(num_classes=2, width=0.0625)
     network.forward = lambda images: logits
-    learned = dict(classes=read_classes(data), settings=dict(size=2), logit_weights=weights)
+    learned = dict(classes=read_classes(data), settings={}, logit_weights=weights)
     predict = Predictor(learned, network, CPU, "fp32")
     prediction, returned = predict(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (8, 8))
     assert prediction.tolist() == returned.argmax(1).tolist() == [[expected] * 8]
