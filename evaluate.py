@@ -594,7 +594,9 @@ def draw_grid(path, rows, classes, ids):
     """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
     across = len(rows[0][1])
     height, width = rows[0][1][0].shape[:2]
-    cell = max(2.9, min(width, 1024) / 110)     # inches: a pixel for every pixel up to 1024
+    longest = max(height, width)
+    side = max(2.9, min(longest, 1024) / 110)   # inches: a pixel for every pixel up to 1024
+    cell = max(0.3, side * width / longest)
     inches = (
         cell * across + 1,
         cell * len(rows) * height / width + 1.3,

@@ -21,7 +21,7 @@ def signals_of_pytest():
 
 
 def pytest_unconfigure():
-    """Readers that a failed test still holds ignore SIGTERM: pytest would wait for them for ever."""
+    """Readers that a failed test still holds ignore SIGTERM, so pytest would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
