@@ -258,10 +258,10 @@ def read_classes(data, count=False):
     """
     path = Path(data) / "classes.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_bytes())
         names = stored["names"]
-    except json.JSONDecodeError as error:
-        raise Problem(f"{path} is no JSON: {error}") from error      # names line and column
+    except ValueError as error:         # it names line and column
+        raise Problem(f"{path} is no JSON: {error}") from error
     except (OSError, LookupError, TypeError) as error:
         raise Problem(f"{data} is missing or unfinished: name other --data, run prepare_surreal.py "
                       f'or write your own {path}: {{"names": ["background", ...]}}') from error
@@ -322,7 +322,7 @@ def count_pixels(split):
     )
 
 
-def pictures_in(folder, endings=(".jpg", ".jpeg", ".png"), pattern="*"):
+def pictures_in(folder, endings, pattern="*"):
     """Sorted paths of a folder's pictures, hidden files (macOS leaves "._" ones) left out."""
     names = glob.glob(pattern, root_dir=folder, recursive=True)
     return [f"{folder}/{name}" for name in sorted(names) if name.lower().endswith(endings)]
@@ -333,16 +333,17 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-def frames_in(folder):
+def frames_in(folder, endings=(".jpg", ".jpeg", ".png")):
     """Frame name -> path of its picture."""
-    return {composed(Path(path).stem): path for path in pictures_in(folder)}
+    return {composed(Path(path).stem): path for path in pictures_in(folder, endings)}
 
 
 def group_of(frame):
     """SURREAL's sequence, 01_01 for 01_01_c0001_037 and ung_01_01_c0001_037: its neighbouring clips
-    share half their poses. For other names, the name without the number of the frame, _037."""
+    share half their poses. For other names, the name without the number of the frame: walk for
+    walk_0001. prepare_surreal.py has the same rule, as it imports nothing from here."""
     sequence = re.fullmatch(r"(?:ung_)?(\d{2,3}_\d{2})_c\d+_\d+", frame)
-    return sequence[1] if sequence else re.sub(r"_\d{3}$", "", frame)
+    return sequence[1] if sequence else re.sub(r"_\d+$", "", frame)
 
 
 def shared_groups(data):
@@ -388,7 +389,7 @@ class Split(Dataset):
         self.folder = Path(data) / split
         self.classes = classes
         self.images = frames_in(self.folder / "images")
-        self.labels = frames_in(self.folder / "labels")
+        self.labels = frames_in(self.folder / "labels", ".png")     # JPEG would blur ids
         self.frames = sorted(self.images)
         if not self.frames:
             raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
@@ -474,6 +475,8 @@ def reader(dataset, chunks, workers, device, persistent=False):
 def reader_count(workers, device, processes=1):
     """How many processes read images: `workers`, if that is not None. A GPU is fed by every core
     that each of its `processes` on this machine can have, at most 16; a CPU needs them to train."""
+    if workers is not None and workers < 0:
+        raise Problem(f"--workers has to be 0 or more, not {workers}")
     if workers is not None:
         return workers
     if device.type != "cuda":
