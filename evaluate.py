@@ -561,7 +561,7 @@ def report_text(runs, per_class=True):
     rows = []
     for title in columns[0]:
         rows.append((title, *(column[title] for column in columns)))
-    kind = "frames, each of its own" if split.groups == split.frames else "videos or sequences"
+    kind = "every frame is one" if split.groups == split.frames else "sequences or videos"
     lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
              f"{len(set(split.groups))} groups ({kind})\n",
              markdown(rows),
@@ -815,7 +815,14 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
 
 # ---- Command line
 
-MEMORY_WORDS = ("out of memory", "allocate memory", "memoryerror")
+LESS = "out of memory: try a smaller --batch-size or --size"
+TROUBLE = {     # words in an exception, and what they mean to a user
+    "out of memory": LESS,
+    "allocate memory": LESS,
+    "memoryerror": LESS,
+    "dataloader worker": "a process that reads images was killed, often because /dev/shm or the "
+                         "memory is too small: try fewer --workers, or 0",
+}
 
 
 def run_command(program, function):
@@ -832,9 +839,10 @@ def run_command(program, function):
         last_line = (str(error) or repr(error)).splitlines()[-1]
         message = last_line.split("Problem: ")[-1]
     except (RuntimeError, MemoryError) as error:
-        if not any(words in repr(error).lower() for words in MEMORY_WORDS):
+        known = [TROUBLE[words] for words in TROUBLE if words in repr(error).lower()]
+        if not known:
             raise
-        message = "out of memory: try a smaller --batch-size or --size"
+        message = known[0]
     finally:
         end_readers()
     if message:

@@ -505,7 +505,8 @@ def test_networks_are_measured_and_compared(run, data, tmp_path, capsys, monkeyp
         assert status == 0 and re.findall(r"[\d.]+ \+- [\d.]+", found) == values
     assert f"{run.parent}/best against {other.parent}/best" in printed      # alike names differ
     report = (run.parent / "test" / "report.md").read_text()
-    for words in ("stand-in, not SURREAL", "7 images", "3 groups", "| rightUpLeg", expected[0]):
+    groups = "7 images of", "3 groups (sequences"
+    for words in ("stand-in, not SURREAL", *groups, "| rightUpLeg", expected[0]):
         assert words in report
     assert min(Image.open(run.parent / "test" / "examples.png").size) > 300
 
@@ -639,6 +640,7 @@ def test_wrong_use_gets_one_sentence(run, tmp_path, capsys, monkeypatch):
     (PermissionError(13, "Permission denied", "runs"), 2, "Permission denied: 'runs'"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error"), 2, "--workers"),
     (MemoryError(), 2, "--batch-size")])
 def test_what_a_machine_lacks_gets_one_sentence(error, status, words, capsys):
     def function():
