@@ -1,20 +1,27 @@
 """Measures trained networks, compares them, and segments your own pictures.
 
-Everything rests on one matrix per image: confusion[true, predicted] counts the pixels of class
-`true` that the network took for `predicted`, at the size of the prepared labels, without the pixels
-labelled 255 ("ignore"). Sums of these matrices give every measure in the paper. The main one is
-mIoU, the mean over classes of the intersection over union: the pixels that are of a class in truth
-and prediction, divided by those that are in either. A class that occurs in neither is skipped.
+Everything rests on one matrix: confusion[true, predicted] counts the pixels of class `true` that
+the network took for `predicted`, at the size of the prepared labels, without the pixels labelled
+255 ("ignore"). Sums of these matrices give every measure in the paper. The main one is mIoU, the
+mean over classes of the intersection over union: the pixels that are of a class in truth and
+prediction, divided by those that are in either. A class that occurs in neither is skipped.
+
+The file goes from the metrics to the prepared folder that they are taken on, to tables and
+pictures, and then to what only the machine needs: devices, checkpoints and the command line.
 """
 import argparse
+import glob
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
+import unicodedata
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -32,201 +39,413 @@ from segnet import SegNet
 MODELS = {"icnet": ICNet, "segnet": SegNet, "hourglass": StackedHourglass}
 IGNORE = 255        # label of pixels that count nowhere
 # The figures of scores() and their titles. The paper calls two of them F1.
-FIGURES = dict(miou="mIoU", accuracy="accuracy", class_accuracy="accuracy, mean over classes",
-               f1="F1, mean over classes", body_f1="F1, body against background")
+FIGURES = dict(
+    miou="mIoU",
+    accuracy="accuracy",
+    class_accuracy="accuracy, mean over classes",
+    f1="F1, mean over classes",
+    body_f1="F1, body against background",
+)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # huge pages save ICNet a fifth of its time
-warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")     # NaN means "unknown"
+# NaN means "unknown" here. Matplotlib would warn for every Chinese letter that its font lacks.
+warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice|Glyph .* missing")
 
 
 class Problem(Exception):
     """Something the user can mend: one sentence that names the value and the way out."""
 
 
-# ---- Predictions and metrics
-
-class Predictor:
-    """A network on `device` in "fp32" or "bf16", with what evaluation takes from its checkpoint.
-    logit_weights w: K floats, or None. A network trained on logits * w also predicts from these."""
-
-    def __init__(self, checkpoint, network, device, precision):
-        self.network = network.to(device, memory_format=torch.channels_last)
-        self.classes, self.settings = checkpoint["classes"], checkpoint["settings"]
-        self.logit_weights = checkpoint["logit_weights"]
-        self.device, self.precision = device, precision
-
-    @torch.no_grad()
-    def __call__(self, images, size):
-        """(B, 3, H, W) uint8 -> prediction (B, *size) int64, logits (B, K, *size) float32."""
-        images = normalise(images.to(self.device), self.classes)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(images).float()
-        if logits.shape[2:] != tuple(size):
-            logits = F.interpolate(logits, size=tuple(size), mode="bilinear")
-        if self.logit_weights is not None:
-            logits = logits * torch.tensor(self.logit_weights, device=self.device).view(-1, 1, 1)
-        return logits.max(1).indices, logits    # argmax(1) is up to four times slower on the CPU
-
+# ---- Metrics
 
 def confusion_matrices(prediction, labels, K):
-    """(B, H, W) int64 and uint8 -> (B, K, K) int64, [image, true, predicted], without label 255.
-    One bincount; ignored pixels fall into a row K of their own, which is cut off."""
+    """Counts of (true class, predicted class), one matrix for every image.
+
+    prediction (B, H, W) int64 and labels (B, H, W) uint8 -> (B, K, K) int64, [image, true,
+    predicted]. Pixels labelled 255 are left out: they fall into an extra row K, which is cut off.
+
+    Example, one image of four pixels and K = 2:   labels     [0, 1, 1, 255]
+                                                   prediction [0, 1, 0,   1]
+    Row and column of a pixel become one number, row * K + column: 0, 3, 2, 5. Counted with
+    bincount over (K + 1) * K = 6 cells, they give [1, 0, 1, 1, 0, 1], as a matrix
+        [[1, 0],       one background pixel, found
+         [1, 1],       two pixels of class 1, one missed and one found
+         [0, 1]]       row K: the ignored pixel
+    """
     B = len(labels)
-    first_row = (K + 1) * torch.arange(B, device=labels.device).view(B, 1, 1)
-    cells = (first_row + labels.clamp(max=K)) * K + prediction
-    return torch.bincount(cells.flatten(), minlength=B * (K + 1) * K).view(B, K + 1, K)[:, :K]
-
-
-def evaluate_split(predict, split, batch_size, workers, indices=None, criterion=None):
-    """Confusion matrices (N, K, K) int64 on the CPU, one per frame (of `indices`, else of all), and
-    criterion's mean loss over their pixels (NaN without a criterion). predict: a Predictor."""
-    indices = range(len(split.frames)) if indices is None else indices
-    chunks = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
-    confusions, totals = [], []
-    batches = stream(split, chunks, workers, predict.device)
-    for batch in tqdm(batches, total=len(chunks), unit="batch", disable=None, leave=False):
-        labels = batch["labels"]
-        prediction, logits = predict(batch["images"], labels.shape[1:])
-        confusions.append(confusion_matrices(prediction, labels, logits.shape[1]))
-        if criterion:
-            totals.append(torch.stack(criterion.totals(logits, labels)).double())
-    loss, count = sum(totals).tolist() if totals else (np.nan, 1)
-    return torch.cat(confusions).cpu(), loss / max(count, 1)
+    image = torch.arange(B, device=labels.device).view(B, 1, 1)
+    row = image * (K + 1) + labels.clamp(max=K)     # each image has K + 1 rows of its own
+    cell = row * K + prediction
+    cells = B * (K + 1) * K
+    counts = torch.bincount(cell.flatten(), minlength=cells)
+    return counts.view(B, K + 1, K)[:, :K]
 
 
 @np.errstate(invalid="ignore")          # 0 / 0 is NaN, "unknown"
 def scores(confusion):
-    """(..., K, K) matrices -> dict of FIGURES, (...) arrays, and of each class's iou, class_f1,
-    class_precision and recall, (..., K). IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN)
-    of a class count where it occurs in truth or prediction, precision where it was predicted,
-    recall (its accuracy) where it is true. body_f1: all classes but 0, the background, as one."""
+    """Every figure of the paper from confusion matrices (..., K, K).
+
+    Returns a dict: those of FIGURES, (...) float64 from 0 to 1; and iou, class_f1, class_precision
+    and recall of each class, (..., K). With TP, FP, FN the true positive, false positive and false
+    negative pixels of a class, IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) count
+    where the class occurs in truth or prediction, its precision where it was predicted, its recall
+    (which the paper calls accuracy) where it is true. body_f1 takes all classes but 0, the
+    background, as one.
+    """
     confusion = np.asarray(confusion, dtype=np.float64)
-    tp, true, predicted = np.diagonal(confusion, 0, -2, -1), confusion.sum(-1), confusion.sum(-2)
-    body_tp, body_sum = confusion[..., 1:, 1:].sum((-2, -1)), (true + predicted)[..., 1:].sum(-1)
-    iou, f1, recall = tp / (true + predicted - tp), 2 * tp / (true + predicted), tp / true
-    return dict(iou=iou, class_f1=f1, class_precision=tp / predicted, recall=recall,
-                miou=np.nanmean(iou, -1), f1=np.nanmean(f1, -1), body_f1=2 * body_tp / body_sum,
-                class_accuracy=np.nanmean(recall, -1), accuracy=tp.sum(-1) / true.sum(-1))
+    tp = np.diagonal(confusion, 0, -2, -1)
+    true = confusion.sum(-1)            # TP + FN
+    predicted = confusion.sum(-2)       # TP + FP
+    iou = tp / (true + predicted - tp)
+    class_f1 = 2 * tp / (true + predicted)
+    recall = tp / true
+    body_tp = confusion[..., 1:, 1:].sum((-2, -1))
+    body_sum = (true + predicted)[..., 1:].sum(-1)
+    return dict(
+        iou=iou,
+        class_f1=class_f1,
+        class_precision=tp / predicted,
+        recall=recall,
+        miou=np.nanmean(iou, -1),
+        accuracy=tp.sum(-1) / true.sum(-1),
+        class_accuracy=np.nanmean(recall, -1),
+        f1=np.nanmean(class_f1, -1),
+        body_f1=2 * body_tp / body_sum,
+    )
 
 
-def bootstrap(confusions, clips, other=None, draws=1000, seed=0):
-    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`'s. The
-    bootstrap (Efron 1979) computes them again for clips drawn with replacement; whole clips, since
-    frames of one are much alike. confusions, other: (N, K, K) int64; clips: N names of clips."""
-    names, clips = np.unique(clips, return_inverse=True)
-    C, drawn = len(names), []
-    times = np.random.default_rng(seed).multinomial(C, np.full(C, 1 / C), size=draws)   # (draws, C)
-    for matrices in [confusions] if other is None else [confusions, other]:
-        per_clip = np.zeros((C, matrices[0].numel()))
-        np.add.at(per_clip, clips, matrices.reshape(len(clips), -1).numpy())
-        drawn.append(scores((times @ per_clip).reshape(-1, *matrices.shape[1:])))
-    values = [drawn[0][key] - (0 if other is None else drawn[1][key]) for key in FIGURES]
-    halves = np.subtract(*np.nanpercentile(values, (97.5, 2.5), axis=1)) / 2
-    return dict(zip(FIGURES, halves if C > 1 else np.full_like(halves, np.nan)))
+def merge_classes(confusion, merge):
+    """(..., K, K) -> (..., M, M): confusion matrices of coarser classes.
+
+    merge: coarse name -> its ids. A left hand that was taken for left fingers is right when both
+    are "left hand": the rows and the columns of a coarse class are added up.
+    """
+    K = confusion.shape[-1]
+    belongs = np.zeros((len(merge), K), np.int64)       # [coarse, fine]
+    for row, ids in zip(belongs, merge.values()):
+        row[ids] = 1
+    return belongs @ confusion @ belongs.T
 
 
-def paired_difference(one, other, clips):
-    """mIoU of `one` minus that of `other` on the same frames, and its half width of 95 %."""
-    difference = float(scores(one.sum(0))["miou"] - scores(other.sum(0))["miou"])
-    return difference, bootstrap(one, clips, other)["miou"]
+def bootstrap(confusions, other=None, draws=1000, seed=0):
+    """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`.
+
+    The bootstrap (Efron 1979) asks how far a figure would move with other frames of the same kind:
+    it draws as many groups as there are, with replacement, computes the figure again, and does so
+    a thousand times. Whole groups are drawn, because the frames of one video are much alike.
+    confusions, other: (G, K, K) int64, one per group. Returns a dict of floats, NaN for one group.
+    """
+    G = len(confusions)
+    rng = np.random.default_rng(seed)
+    times_drawn = rng.multinomial(G, [1 / G] * G, size=draws)       # (draws, G)
+    times_drawn = times_drawn.astype(float)
+    values = scores(np.tensordot(times_drawn, confusions, 1))       # of (draws, K, K) matrices
+    if other is not None:
+        others = scores(np.tensordot(times_drawn, other, 1))
+        values = {key: values[key] - others[key] for key in FIGURES}
+    half_widths = {}
+    for key in FIGURES:
+        low, high = np.nanpercentile(values[key], (2.5, 97.5))
+        half_widths[key] = (high - low) / 2 if G > 1 else np.nan
+    return half_widths
+
+
+def paired_difference(one, other):
+    """mIoU of `one` minus that of `other` (both (G, K, K), the same frames), and its half width.
+
+    What is hard for one network is hard for the other too, so the interval of the difference is
+    narrower than the two intervals suggest.
+    """
+    miou = scores(one.sum(0))["miou"]
+    other_miou = scores(other.sum(0))["miou"]
+    return float(miou - other_miou), bootstrap(one, other)["miou"]
+
+
+class Predictor:
+    """A network on `device` at a precision, with what evaluation takes from its checkpoint.
+
+    logit_weights w: K floats, or None. A network trained on logits * w also predicts from these.
+    """
+
+    def __init__(self, checkpoint, network, device, precision):
+        self.memory_format = layout(network, device, precision)
+        self.network = network.to(device, memory_format=self.memory_format)
+        self.classes = checkpoint["classes"]
+        self.settings = checkpoint["settings"]
+        self.logit_weights = checkpoint["logit_weights"]
+        self.device = device
+        self.precision = precision
+
+    @torch.no_grad()
+    def __call__(self, images, size):
+        """(B, 3, H, W) uint8 -> prediction (B, *size) int64, logits (B, K, *size) float32."""
+        size = tuple(size)
+        images = normalise(images.to(self.device), self.classes, self.memory_format)
+        with autocast(self.device, self.precision):
+            logits = self.network(images)
+        logits = logits.float()
+        if logits.shape[2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear")
+        if self.logit_weights is not None:
+            weights = torch.tensor(self.logit_weights, device=self.device)
+            logits = logits * weights.view(-1, 1, 1)
+        prediction = logits.max(1).indices      # argmax(1) is up to four times slower on the CPU
+        return prediction, logits
+
+
+def evaluate_frames(predict, batches, groups, criterion=None):
+    """Predicts every frame and counts, without keeping a matrix for each of them.
+
+    predict: a Predictor. batches: a reader(). groups: (N,) ints, the group 0..G-1 of each frame in
+    the order of the batches. criterion: train.py's; totals(logits, labels) -> (sum, count).
+    Returns confusions (G, K, K) int64, frame_miou (N,) float64, and the mean loss (NaN without a
+    criterion).
+    """
+    K = len(predict.classes["names"])
+    confusions = np.zeros((max(groups) + 1, K, K), np.int64)
+    frame_miou = []
+    loss = np.zeros(2)      # sum and count
+    for batch in tqdm(batches, unit="batch", disable=None, leave=False):
+        batch = to_device(batch, predict.device)
+        labels = batch["labels"]
+        prediction, logits = predict(batch["images"], labels.shape[1:])
+        matrices = confusion_matrices(prediction, labels, K).cpu().numpy()
+        for group, matrix in zip(groups[len(frame_miou):], matrices):
+            confusions[group] += matrix
+        frame_miou.extend(scores(matrices)["miou"])
+        if criterion:
+            loss += [float(part) for part in criterion.totals(logits, labels)]
+    mean_loss = loss[0] / max(loss[1], 1) if criterion else np.nan
+    return confusions, np.array(frame_miou), mean_loss
 
 
 # ---- The prepared folder
 
+def check_classes(path, classes):
+    """Raises Problem naming the first entry of classes.json that cannot be right."""
+    names = classes["names"]
+    K = len(names)
+    are_words = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_words or not 1 < K <= IGNORE:
+        raise Problem(f'{path}: "names" has to be a list of 2 to {IGNORE} names, from id 0 on')
+    shapes = dict(palette=(K, 3), mirror=(K,), mean=(3,), std=(3,))
+    limits = dict(palette=255, mirror=K - 1, mean=1, std=1)
+    for key, shape in shapes.items():
+        try:
+            values = np.array(classes[key], dtype=float)
+        except (TypeError, ValueError):     # words, or lists of different lengths
+            values = np.empty(0)
+        right_shape = values.shape == shape
+        if not right_shape or values.min() < 0 or values.max() > limits[key]:
+            raise Problem(f'{path}: "{key}" has to be a list of shape {shape} with numbers from 0 '
+                          f"to {limits[key]}, not {str(classes[key])[:80]}")
+    mirror = classes["mirror"]
+    if [mirror[i] for i in mirror] != list(range(K)):
+        raise Problem(f'{path}: "mirror" has to lead from left to right and back: {mirror}')
+    if np.max(classes["palette"]) <= 1:
+        raise Problem(f'{path}: "palette" has to have colours from 0 to 255, not to 1')
+    coarse = [*classes["groups"].values(), *classes["merge"].values()]
+    if any(max(ids) >= K for ids in coarse):
+        raise Problem(f'{path}: "groups" and "merge" have to have ids from 0 to {K - 1}')
+
+
 def read_classes(data, count=False):
-    """The content of DATA/classes.json, with defaults for all but `names`. count: add what
-    count_pixels finds in the train split; stored on first use. Raises Problem for a bad folder."""
+    """The checked content of DATA/classes.json, with defaults for all but `names`.
+
+    count: add size, pixels (K ints), mean and std (RGB, 0 to 1) of the train split. They are
+    counted on first use, and again when the number of frames has changed. `pixels` that neither
+    this function nor prepare_surreal.py counted (that one leaves its settings) are not believed.
+    Raises Problem for a missing or unfinished folder and for wrong values.
+    """
     path = Path(data) / "classes.json"
     try:
         stored = json.loads(path.read_bytes())
-        K = len(stored["names"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        names = stored["names"]
+    except ValueError as error:         # it names line and column
+        raise Problem(f"{path} is no JSON: {error}") from error
+    except (OSError, LookupError, TypeError) as error:
         raise Problem(f"{data} is missing or unfinished: name other --data, run prepare_surreal.py "
                       f'or write your own {path}: {{"names": ["background", ...]}}') from error
-    palette = colormaps["nipy_spectral"](np.linspace(0, 0.95, K), bytes=True)[:, :3].tolist()
-    classes = dict(palette=palette, mirror=list(range(K)), groups={}, joint_mirror=None, size=None,
-                   source=f"own data, {data}", settings={}) | stored
-    if count and not {"size", "pixels", "mean", "std"} <= set(stored):
-        classes |= count_pixels(Split(data, "train", classes)) | stored
-        Path(f"{path}.new").write_text(json.dumps(classes, indent=1))
-        os.replace(f"{path}.new", path)
+    K = len(names)
+    if isinstance(names, dict):         # {"0": "background", "1": "cat"}
+        names = [names.get(str(i)) for i in range(K)]
+    shades = np.linspace(0, 0.95, K)
+    palette = colormaps["nipy_spectral"](shades, bytes=True)
+    defaults = dict(
+        palette=palette[:, :3].tolist(),
+        mirror=list(range(K)),
+        joint_mirror=None,
+        groups={},
+        merge={},
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        size=None,
+        settings={},
+        source=f"own data, {data}",
+    )
+    classes = defaults | stored | dict(names=names)
+    check_classes(path, classes)
+    if count and not classes["settings"]:
+        train = Split(data, "train", classes)
+        if classes.get("counted") != len(train.frames):
+            given = {key: stored[key] for key in ("mean", "std") if key in stored}
+            classes |= count_pixels(train) | given
+            try:
+                path.write_text(json.dumps(classes, indent=1), encoding="utf-8")
+            except OSError as error:
+                print(f"{path} cannot be written ({error.strerror}): its counts are not kept")
     return classes
 
 
 def count_pixels(split):
-    """Size of the images, label pixels of each class (K ints), mean and std of RGB in 0..1."""
-    K, pixels, moments = len(split.classes["names"]), 0, 0
+    """Label pixels of each class (K ints), mean and std of RGB in 0..1, and what they rest on."""
+    K = len(split.classes["names"])
+    count = len(split.frames)
+    pixels = np.zeros(IGNORE + 1, np.int64)
+    mean, square = np.zeros((2, 3))
     for frame in tqdm(split.frames, desc="counting labels", unit=" frames", disable=None):
         image, label = split.load_frame(frame)
         values = image.reshape(-1, 3) / 255
-        moments = moments + np.stack([values.mean(0), (values ** 2).mean(0)]) / len(split.frames)
-        pixels = pixels + np.bincount(label.ravel(), minlength=IGNORE + 1)[:K]
-    if np.count_nonzero(pixels) < 2:
+        mean += values.mean(0) / count
+        square += (values ** 2).mean(0) / count
+        pixels += np.bincount(label.ravel(), minlength=IGNORE + 1)
+    pixels = pixels[:K].tolist()
+    if pixels.count(0) >= K - 1:
         raise Problem(f"{split.folder}/labels show one class. 255 means ignore, so a mask of 0 and "
                       "255 has to become one of 0 and 1")
-    mean, std = moments[0], np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 1e-6))
-    return dict(size=split.prepared, pixels=pixels.tolist(), mean=mean.tolist(), std=std.tolist())
+    variance = np.maximum(square - mean ** 2, 1e-6)
+    return dict(
+        size=split.prepared,
+        pixels=pixels,
+        mean=mean.tolist(),
+        std=np.sqrt(variance).tolist(),
+        counted=count,
+    )
 
 
-def pictures_in(folder, endings=(".jpg", ".jpeg", ".png")):
-    """Sorted paths of a folder's pictures, without the "._" files that macOS leaves."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [f"{folder}/{name}" for name in names
-            if name.lower().endswith(endings) and not name.startswith("._")]
+def pictures_in(folder, endings, pattern="*"):
+    """Sorted paths of a folder's pictures, hidden files (macOS leaves "._" ones) left out."""
+    names = glob.glob(pattern, root_dir=folder, recursive=True)
+    return [f"{folder}/{name}" for name in sorted(names) if name.lower().endswith(endings)]
 
 
-def open_picture(path):
-    """A decoded PIL image, turned upright as its EXIF says. Raises Problem naming the file."""
+def composed(name):
+    """macOS stores an accent as a character of its own (NFD), others do not (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def frames_in(folder, endings=(".jpg", ".jpeg", ".png")):
+    """Frame name -> path of its picture."""
+    return {composed(Path(path).stem): path for path in pictures_in(folder, endings)}
+
+
+def group_of(frame):
+    """SURREAL's sequence, 01_01 for 01_01_c0001_037 and ung_01_01_c0001_037: its neighbouring clips
+    share half their poses. For other names, the name without the number of the frame: walk for
+    walk_0001. prepare_surreal.py has the same rule, as it imports nothing from here."""
+    sequence = re.fullmatch(r"(?:ung_)?(\d{2,3}_\d{2})_c\d+_\d+", frame)
+    return sequence[1] if sequence else re.sub(r"_\d+$", "", frame)
+
+
+def shared_groups(data):
+    """Sorted names of the groups that occur in two splits of the folder, [] if none do."""
+    splits = Counter()      # group -> number of splits with it
+    for split in ("train", "val", "test"):
+        frames = frames_in(Path(data) / split / "images")
+        splits.update({group_of(frame) for frame in frames})
+    if len(splits) == 1:    # no videos: all pictures are called IMG, for example
+        return []
+    return sorted(group for group, count in splits.items() if count > 1)
+
+
+def open_picture(path, side=None, size=None):
+    """A decoded PIL image, turned upright as its EXIF says.
+
+    side: the width and height that it has to have, or None for any. size: the side to which it will
+    be shrunk. A JPEG of twice that is decoded at half its size or less, which takes half the time.
+    Raises Problem naming the file.
+    """
     try:
-        return ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        width, height = image.size
+        image.draft("RGB", (size or width, size or height))
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
     except Exception as error:          # a garbled file makes Pillow stumble in any way
         raise Problem(f"{path} is no readable picture ({error}): mend or remove it") from error
+    if side and (width, height) != (side, side):
+        raise Problem(f'{path} has {width}x{height} pixels, not {side}x{side}: README, "Your own"')
+    return image
 
 
 class Split(Dataset):
-    """The frames of one split of a prepared folder: split[[3, 5]] loads a batch of two. Images get
-    the side `size` (default: as prepared). Labels keep the prepared size, at which metrics are
-    taken, unless `labels_at_size` (training). Raises Problem where an image or label is missing."""
+    """The frames of one split of a prepared folder: split[[3, 5]] loads a batch of two.
+
+    Images get the side `size` (default: as prepared). Labels keep the prepared size, at which
+    metrics are taken, unless `labels_at_size` (training). Raises Problem where an image or label is
+    missing.
+    """
 
     def __init__(self, data, split, classes, size=None, labels_at_size=False):
-        self.folder, self.classes = Path(data) / split, classes
-        self.images = {Path(p).stem: p for p in pictures_in(self.folder / "images")}
-        self.labels = {Path(p).stem: p for p in pictures_in(self.folder / "labels", ".png")}
+        self.folder = Path(data) / split
+        self.classes = classes
+        self.images = frames_in(self.folder / "images")
+        self.labels = frames_in(self.folder / "labels", ".png")     # JPEG would blur ids
         self.frames = sorted(self.images)
         if not self.frames:
             raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
-        for frame in sorted(self.images.keys() - self.labels.keys()):
-            raise Problem(f"{self.images[frame]} has no label {self.folder}/labels/{frame}.png")
-        self.clips = [re.sub(r"_\d{3}$", "", frame) for frame in self.frames]   # without _ddd
-        self.prepared = classes["size"] or open_picture(self.images[self.frames[0]]).width
+        unlabelled = sorted(self.images.keys() - self.labels.keys())
+        if unlabelled:
+            raise Problem(f"{self.images[unlabelled[0]]} has no label {self.folder}/labels/"
+                          f"{unlabelled[0]}.png ({len(unlabelled)} images have none)")
+        self.groups = [group_of(frame) for frame in self.frames]
+        if len(set(self.groups)) == 1:
+            self.groups = self.frames
+        first_image = self.images[self.frames[0]]
+        self.prepared = classes["size"] or open_picture(first_image).width
         self.size = size or self.prepared
         self.label_size = self.size if labels_at_size else self.prepared
-        self.joints = None              # (frames, J, 2) float32, pixels of the prepared images
-        if (self.folder / "joints.npz").is_file():
-            stored = np.load(self.folder / "joints.npz")
-            known = dict(zip(stored["frames"].tolist(), stored["joints"].astype(np.float32)))
-            unknown = np.full(stored["joints"].shape[1:], np.nan, np.float32)
-            self.joints = np.stack([known.get(frame, unknown) for frame in self.frames])
+        joints = self.folder / "joints.npz"
+        self.joints = self.read_joints(joints) if joints.is_file() else None
+
+    def read_joints(self, path):
+        """(frames, J, 2) float32, x and y in pixels of the prepared images, NaN where unknown."""
+        stored = np.load(path)
+        names = [composed(frame) for frame in stored["frames"].tolist()]
+        known = dict(zip(names, stored["joints"]))
+        if not known.keys() & self.images.keys():
+            raise Problem(f"{path} has joints of no frame in {self.folder}/images")
+        unknown = np.full_like(stored["joints"][0], np.nan)
+        return np.float32([known.get(frame, unknown) for frame in self.frames])
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
         images, if known."""
-        images, labels = zip(*(self.load_frame(self.frames[index]) for index in indices))
-        batch = dict(images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),  # channels last
-                     labels=torch.from_numpy(np.stack(labels)))
+        pairs = [self.load_frame(self.frames[index]) for index in indices]
+        images = np.stack([image for image, _ in pairs])
+        labels = np.stack([label for _, label in pairs])
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)       # channels last in memory
+        batch = dict(images=images, labels=torch.from_numpy(labels))
         if self.joints is not None:     # whole numbers are the centres of pixels
-            joints = (self.joints[list(indices)] + 0.5) * self.size / self.prepared - 0.5
+            scale = self.size / self.prepared
+            joints = (self.joints[list(indices)] + 0.5) * scale - 0.5
             batch["joints"] = torch.from_numpy(joints.astype(np.float32))
         return batch
 
     def load_frame(self, frame):
         """Image (S, S, 3) and label (L, L), uint8. Raises Problem naming the file."""
-        image_path, path, K = self.images[frame], self.labels[frame], len(self.classes["names"])
-        image, label = open_picture(image_path).convert("RGB"), open_picture(path)
-        if {image.size, label.size} != {(self.prepared,) * 2} or label.mode not in ("P", "L"):
-            raise Problem(f"{image_path} and {path} have to be {self.prepared} pixels square, and "
-                          'the label a grey or palette PNG of ids: README, "Your own"')
-        image = image.resize((self.size, self.size), Image.BILINEAR)    # averages when shrinking
-        label = np.asarray(label.resize((self.label_size, self.label_size), Image.NEAREST))
+        image = open_picture(self.images[frame], self.prepared, self.size)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if image.width != self.size:    # BILINEAR averages when shrinking
+            image = image.resize((self.size, self.size), Image.BILINEAR)
+        path = self.labels[frame]
+        label = open_picture(path, self.prepared)
+        if label.mode not in ("P", "L"):
+            raise Problem(f'{path} has to be a grey or palette PNG of ids: README, "Your own"')
+        if label.width != self.label_size:
+            label = label.resize((self.label_size, self.label_size), Image.NEAREST)
+        label = np.asarray(label)
+        K = len(self.classes["names"])
         unknown = label[(label >= K) & (label != IGNORE)]
         if unknown.size:
             raise Problem(f"{path} has the label {unknown[0]}: classes are 0 to {K - 1}, or 255")
@@ -234,70 +453,138 @@ class Split(Dataset):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach workers too, but the main process ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C, a scheduler's SIGTERM and a lost connection reach the readers too, but the main
+    process still needs their images to finish its step. They end with it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):       # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def stream(split, chunks, workers, device):
-    """Yields split[chunk] for every chunk of indices, in order, on `device`."""
-    for batch in DataLoader(split, batch_size=None, sampler=chunks, num_workers=workers,
-                            timeout=90 if workers else 0, pin_memory=device.type == "cuda",
-                            worker_init_fn=ignore_signals):
-        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def reader(dataset, chunks, workers, device, persistent=False):
+    """A DataLoader of dataset[chunk] for every chunk (a list of indices), in order, on the CPU.
+
+    workers: processes that read ahead; 0: this one reads. persistent: they live on after the last
+    chunk, because to start one imports torch again. For CUDA the batches are in pinned memory,
+    from which they are copied while the device computes.
+    """
+    return DataLoader(dataset, batch_size=None, sampler=chunks, num_workers=workers,
+                      persistent_workers=persistent and workers > 0,
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def normalise(images, classes):
-    """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, channels last, in one pass."""
-    mean, std = (torch.tensor(classes[key]).to(images.device, non_blocking=True).view(1, 3, 1, 1)
-                 for key in ("mean", "std"))
-    return torch.addcmul(-mean / std, images, 1 / (255 * std)).contiguous(
-        memory_format=torch.channels_last)
+def reader_count(workers, device, processes=1):
+    """How many processes read images: `workers`, if that is not None. A GPU is fed by every core
+    that each of its `processes` on this machine can have, at most 16; a CPU needs them to train."""
+    if workers is not None and workers < 0:
+        raise Problem(f"--workers has to be 0 or more, not {workers}")
+    if workers is not None:
+        return workers
+    if device.type != "cuda":
+        return 1
+    cores = os.cpu_count() or 1
+    return min(max(cores // processes, 1), 16)
 
 
-# ---- Tables and pictures
+def to_device(batch, device):
+    """The batch on `device`, without waiting for the copy."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def normalise(images, classes, memory_format=torch.channels_last):
+    """(B, 3, H, W) uint8 -> (x / 255 - mean) / std, float32, in one pass."""
+    moments = torch.tensor([classes["mean"], classes["std"]])
+    moments = moments.to(images.device, non_blocking=True)
+    mean, std = moments.view(2, 1, 3, 1, 1)
+    normalised = torch.addcmul(-mean / std, images, 1 / (255 * std))
+    return normalised.contiguous(memory_format=memory_format)
+
+
+# ---- Tables
 
 def percent(value, half=np.nan, digits=1):
     """0.4512, 0.003 -> "45.1 +- 0.3"; "-" for what is unknown."""
+    if np.isnan(value):
+        return "-"
     interval = "" if np.isnan(half) else f" +- {100 * half:.{digits}f}"
-    return "-" if np.isnan(value) else f"{100 * value:.{digits}f}{interval}"
+    return f"{100 * value:.{digits}f}{interval}"
 
 
 def markdown(rows):
     """A Markdown table, padded so that it reads in a terminal too; the first row is its head."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    lines = [[str(cell).ljust(width) for cell, width in zip(row, widths)] for row in rows]
-    lines.insert(1, ["-" * width for width in widths])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    widths = [max(map(len, map(str, column))) for column in zip(*rows)]
+    rule = ["-" * width for width in widths]
+    text = ""
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def report_column(run):
+    """title -> cell: the figures of one run of measure()."""
+    classes = run["classes"]
+    confusion = run["confusions"].sum(0)
+    figures = scores(confusion)
+    half_widths = bootstrap(run["confusions"])
+    column = {"%": run["name"], "image size": run["split"].size}
+    for key, title in FIGURES.items():
+        column[title] = percent(figures[key], half_widths[key])
+    ids = np.arange(len(confusion))
+    mirror = np.array(classes["mirror"])
+    sides = ids != mirror               # classes with a left and a right
+    swapped = confusion[ids, mirror][sides].sum()
+    wrong = confusion.sum() - confusion.trace()
+    share = swapped / max(wrong, 1) if sides.any() else np.nan
+    column["left and right confused, of wrong pixels"] = percent(share)
+    for group, ids in classes["groups"].items():
+        column[f"accuracy: {group}"] = percent(np.nanmean(figures["recall"][ids]))
+    return column
+
+
+def class_table(title, names, confusion):
+    """Markdown: the figures of every class, and their means in the last row."""
+    figures = scores(confusion)
+    rows = [(title, "IoU", "F1", "precision", "accuracy")]
+    columns = [figures[key] for key in ("iou", "class_f1", "class_precision", "recall")]
+    for name, *values in zip(names, *columns):
+        rows.append((name, *map(percent, values)))
+    means = [np.nanmean(column) for column in columns]
+    rows.append(("mean", *map(percent, means)))
+    return "\n" + markdown(rows)
 
 
 def report_text(runs, per_class=True):
-    """Markdown: a column for each run of measure(), comparisons, a table of classes for each."""
-    classes, split = runs[0]["classes"], runs[0]["split"]
-    names, columns, tables = classes["names"], [], []
-    for run in runs:
-        confusion = run["confusions"].sum(0).numpy()
-        figures, halves = scores(confusion), bootstrap(run["confusions"], split.clips)
-        pairs = [(a, b) for a, b in enumerate(classes["mirror"]) if a != b]     # left and right
-        swapped = sum(confusion[pair] for pair in pairs)
-        swapped /= max(confusion.sum() - confusion.trace(), 1)
-        column = {"%": run["name"], "image size": run["split"].size}
-        column |= {title: percent(figures[key], halves[key]) for key, title in FIGURES.items()}
-        column["left and right confused, of wrong pixels"] = percent(swapped if pairs else np.nan)
-        columns.append(column | {f"accuracy: {group}": percent(np.nanmean(figures["recall"][ids]))
-                                 for group, ids in classes["groups"].items()})
-        cells = zip(names, *(map(percent, figures[key]) for key in (
-            "iou", "class_f1", "class_precision", "recall")))
-        tables.append([(f"{run['name']}, %", "IoU", "F1", "precision", "accuracy"), *cells])
+    """Markdown: a column for each run of measure(), comparisons, and tables of classes."""
+    classes = runs[0]["classes"]
+    split = runs[0]["split"]
+    columns = [report_column(run) for run in runs]
+    rows = []
+    for title in columns[0]:
+        rows.append((title, *(column[title] for column in columns)))
+    kind = "every frame is one" if split.groups == split.frames else "sequences or videos"
     lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
-             f"{len(set(split.clips))} clips\n",
-             markdown([[title, *(column[title] for column in columns)] for title in columns[0]]),
-             "+-: half the 95 % interval over the choice of clips, not of the training seed."]
+             f"{len(set(split.groups))} groups ({kind})\n",
+             markdown(rows),
+             "+-: half the 95 % interval over the choice of groups, not of the training seed."]
+    shared = shared_groups(split.folder.parent)
+    if shared:
+        lines.append(f"{len(shared)} groups are in two splits, {shared[0]} for example, so these "
+                     "figures are too good for new data.")
     for one, other in itertools.combinations(runs, 2):
-        points = percent(*paired_difference(one["confusions"], other["confusions"], split.clips), 2)
-        lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, same clips.")
-    return "\n".join(lines + ["\n" + markdown(table) for table in tables if per_class])
+        difference = paired_difference(one["confusions"], other["confusions"])
+        points = percent(*difference, digits=2)
+        lines.append(f"{one['name']} against {other['name']}: {points} points of mIoU, paired.")
+    for run in runs:
+        confusion = run["confusions"].sum(0)
+        if per_class:
+            lines.append(class_table(f"{run['name']}, %", classes["names"], confusion))
+        if classes["merge"]:
+            merged = merge_classes(confusion, classes["merge"])
+            lines.append(class_table(f"{run['name']}, merged, %", classes["merge"], merged))
+    return "\n".join(lines)
 
+
+# ---- Pictures
 
 def colours(labels, palette):
     """labels (..., H, W) integers -> (..., H, W, 3) uint8; 255, "ignore", is light grey."""
@@ -308,9 +595,15 @@ def colours(labels, palette):
 
 def draw_grid(path, rows, classes, ids):
     """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
-    across, (height, width) = len(rows[0][1]), rows[0][1][0].shape[:2]
-    cell = max(2.9, min(width, 1024) / 110)     # inches: a pixel for every pixel up to 1024
-    inches = cell * across + 1, cell * len(rows) * height / width + 1.3
+    across = len(rows[0][1])
+    height, width = rows[0][1][0].shape[:2]
+    longest = max(height, width)
+    side = max(2.9, min(longest, 1024) / 110)   # inches: a pixel for every pixel up to 1024
+    cell = max(0.3, side * width / longest)
+    inches = (
+        cell * across + 1,
+        cell * len(rows) * height / width + 1.3,
+    )
     sheet = figure.Figure(inches, dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
     for line, (name, pictures, titles) in zip(grid, rows):
@@ -318,51 +611,166 @@ def draw_grid(path, rows, classes, ids):
         for axes, picture, title in zip(line, pictures, titles):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[], title=title)
-    sheet.legend([patches.Patch(color=np.array(classes["palette"][i]) / 255) for i in ids],
-                 [classes["names"][i] for i in ids], title=classes["source"], fontsize=9,
-                 loc="outside lower center", frameon=False, ncols=int(1.6 * across))
+    palette = np.array(classes["palette"]) / 255
+    handles = []
+    for i in ids:
+        handles.append(patches.Patch(color=palette[i], label=classes["names"][i]))
+    sheet.legend(
+        handles=handles,
+        title=classes["source"],
+        fontsize=9,
+        frameon=False,
+        loc="outside lower center",
+        ncols=int(1.6 * across),
+    )
     sheet.savefig(path)
 
 
 def draw_examples(path, runs):
-    """Six clips, from the best mIoU to the worst: photo, ground truth, a row for each network."""
-    own = np.array([np.nan_to_num(scores(run["confusions"])["miou"]) for run in runs])
-    split, classes = runs[0]["split"], runs[0]["classes"]
-    first = np.unique(split.clips, return_index=True)[1]
-    order = first[np.argsort(-own.mean(0)[first], kind="stable")]
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, 6).astype(int))]
-    batch = Split(split.folder.parent, split.folder.name, classes)[chosen]     # as prepared
-    rows = [("photo", batch["images"].permute(0, 2, 3, 1).numpy(), [""] * 6),
-            ("ground truth", colours(batch["labels"].numpy(), classes["palette"]), [""] * 6)]
-    for run, values in zip(runs, own[:, chosen]):
-        prediction, _ = run["predict"](run["split"][chosen]["images"], batch["labels"].shape[1:])
-        rows.append((run["name"], colours(prediction.cpu().numpy(), classes["palette"]),
-                     [f"mIoU {percent(value)} %" for value in values]))
-    draw_grid(path, rows, classes, range(len(classes["names"])))
+    """Six frames, from the best mIoU to the worst: photo, ground truth, a row for each network."""
+    split = runs[0]["split"]
+    classes = runs[0]["classes"]
+    palette = classes["palette"]
+    frame_miou = np.nan_to_num([run["frame_miou"] for run in runs])         # (runs, N)
+    best_first = np.argsort(-frame_miou.mean(0), kind="stable")
+    places = np.linspace(0, len(best_first) - 1, 6).astype(int)
+    chosen = best_first[np.unique(places)]
+    batch = split[chosen]
+    labels = batch["labels"].numpy()
+    blank = [""] * len(chosen)
+    photos = batch["images"].permute(0, 2, 3, 1).numpy()
+    truth = colours(labels, palette)
+    rows = [("photo", photos, blank), ("ground truth", truth, blank)]
+    for run, values in zip(runs, frame_miou[:, chosen]):
+        images = run["split"][chosen]["images"]
+        prediction, _ = run["predict"](images, labels.shape[1:])
+        titles = [f"mIoU {percent(value)} %" for value in values]
+        coloured = colours(prediction.cpu().numpy(), palette)
+        rows.append((run["name"], coloured, titles))
+    draw_grid(path, rows, classes, range(len(palette)))
 
 
-# ---- Devices, checkpoints, errors, command line
+def fitted(image, side, method):
+    """The PIL image with its longer side `side`; the shorter one keeps at least a pixel."""
+    scale = side / max(image.size)
+    size = [max(1, round(length * scale)) for length in image.size]
+    return image.resize(size, method)
+
+
+def find_pictures(entries):
+    """The files among `entries` and the pictures at any depth in its folders, as absolute paths."""
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+    files = []
+    for entry in map(os.path.abspath, entries):
+        if os.path.isdir(entry):
+            files += pictures_in(entry, endings, "**/*")
+        else:
+            files.append(entry)
+    if not any(map(os.path.isfile, files)):
+        raise Problem(f"--images {' '.join(entries)}: no picture is there")
+    return files
+
+
+def segment(predict, files, out):
+    """Writes <file>-overlay.png and <file>-labels.png of pictures of any size into the folder
+    `out`, where they keep their folders, because two of these can have a 1.jpg. A broken picture is
+    reported and skipped; the exit status is then 1, else 0."""
+    classes = predict.classes
+    size = predict.settings["size"] or classes["size"]
+    palette = colours(np.arange(IGNORE + 1), classes["palette"])        # of all labels
+    common = os.path.commonpath(map(os.path.dirname, files))
+    status = 0
+    for file in files:
+        try:
+            image = open_picture(file).convert("RGB")
+        except Problem as problem:
+            print(problem)
+            status = 1
+            continue
+        small = fitted(image, size, Image.BILINEAR)         # as in training
+        shown = fitted(image, min(1024, max(image.size)), Image.BICUBIC)     # to look at
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        prediction, _ = predict(pixels[None], shown.size[::-1])
+        ids = prediction[0].byte().cpu().numpy()
+        photo = np.asarray(shown)
+        tinted = photo // 3 + palette[ids] // 3 * 2
+        overlay = np.where(ids[..., None] > 0, tinted, photo)
+        result = Path(out) / os.path.relpath(file, common)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        rows = [("", [photo, overlay], ["", ""])]
+        draw_grid(f"{result}-overlay.png", rows, classes, np.unique(ids))
+        labels = Image.fromarray(ids).resize(image.size, Image.NEAREST)
+        labels.putpalette(palette.tobytes())
+        labels.save(f"{result}-labels.png")
+        print(f"{file}: {result}-overlay.png, -labels.png")
+    return status
+
+
+# ---- Devices
+
+def bf16_instructions():
+    """Whether the CPU computes in bf16 itself. torch 2.11 does not tell everywhere."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+
+
+def fastest_precision(device):
+    """bf16 where the hardware has it; fp16 on CUDA cards before Ampere, which have no bf16."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if device.type == "cpu" and bf16_instructions() else "fp32"
+
 
 def pick_device(name="auto", precision="auto"):
-    """(torch.device, "fp32" or "bf16"). auto: CUDA, and bf16, where the hardware has them."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    """(torch.device, "fp32", "bf16" or "fp16"). auto: CUDA where there is one, else the CPU, and
+    the fastest precision there. Raises Problem for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
+            print("no GPU is used: nvidia-smi is here, but the driver is too old for torch's CUDA "
+                  f"{torch.version.cuda}, or hides the card")
     try:
-        device = torch.zeros(1, dtype=torch.double, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # MPS has no float64
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
         raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
-    able = torch.cpu.get_capabilities()
-    fast = able.get("avx512_bf16") or able.get("amx_bf16")      # elsewhere bf16 would be slower
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    return device, precision if precision != "auto" else "bf16" if fast else "fp32"
+    if precision == "auto":
+        precision = fastest_precision(device)
+    elif precision == "bf16" and device.type == "cpu" and not bf16_instructions():
+        print("--precision bf16 is ten times slower than fp32 on this CPU")
+    return device, precision
 
 
-def find_checkpoint(path, name="best.pt"):
-    """The file `path`, or the newest `name` in that folder. Raises Problem for none."""
-    found = [Path(path)] if Path(path).is_file() else list(Path(path).rglob(name))
-    if not found:
-        raise Problem(f"there is no checkpoint {path} or {name} in it: train one (train.py --help)")
-    return max(found, key=os.path.getmtime)
+def layout(network, device, precision):
+    """The memory format in which the network is fastest: channels last, for each of the three."""
+    return torch.channels_last
+
+
+def autocast(device, precision):
+    """The context in which a forward pass computes at that precision; none for fp32."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes.get(precision), enabled=precision in dtypes)
+
+
+# ---- Checkpoints
+
+def newest(folder, name):
+    """Paths of all files called `name` in `folder` or below, linked folders too, newest first."""
+    found = glob.glob(f"**/{name}", root_dir=folder, recursive=True)     # rglob skips links
+    paths = [Path(folder) / path for path in found]
+    return sorted(paths, key=os.path.getmtime, reverse=True)
+
+
+def find_checkpoint(path):
+    """The file `path`, or the newest best.pt in that folder. Raises Problem for none."""
+    if Path(path).is_file():
+        return Path(path)
+    best = newest(path, "best.pt")
+    if best:
+        return best[0]
+    last = newest(path, "last.pt")
+    if last:
+        raise Problem(f"there is no best.pt in {path}, as nothing was validated: name {last[0]}")
+    raise Problem(f"there is no checkpoint {path} or best.pt in it: train one (train.py --help)")
 
 
 def load_checkpoint(path):
@@ -372,40 +780,83 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         network = MODELS[checkpoint["model"]](**checkpoint["kwargs"])
         network.load_state_dict(checkpoint["weights"])
-        return checkpoint, network.eval()
     except Exception as error:          # a garbled file can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise Problem(f"{path} is no usable checkpoint of train.py ({reason})") from error
+    return checkpoint, network.eval()
 
 
+def measure(path, split, data=None, device="auto", precision="auto", batch_size=8, workers=None):
+    """One checkpoint on one split: what reports and pictures need, as a dict."""
+    path = Path(path)
+    predict = Predictor(*load_checkpoint(path), *pick_device(device, precision))
+    data = data or predict.settings["data"]
+    classes = read_classes(data)
+    if classes["names"] != predict.classes["names"]:
+        raise Problem(f"{data} has other classes than {path}: name other data with --data")
+    size = predict.settings["size"] or predict.classes["size"]
+    frames = Split(data, split, classes, size)
+    indices = range(len(frames.frames))
+    chunks = [indices[start:start + batch_size] for start in indices[::batch_size]]
+    workers = reader_count(workers, predict.device)
+    batches = reader(frames, chunks, workers, predict.device)
+    _, codes = np.unique(frames.groups, return_inverse=True)
+    # Thousands of groups share a thousand matrices: 180 MB for 150 classes, alike intervals.
+    confusions, frame_miou, _ = evaluate_frames(predict, batches, codes % 1000)
+    return dict(
+        name=str(path.with_suffix("")),
+        predict=predict,
+        split=frames,
+        classes=classes,
+        confusions=confusions,
+        frame_miou=frame_miou,
+    )
+
+
+# ---- Command line
+
+LESS = "out of memory: try a smaller --batch-size or --size"
 TROUBLE = {     # words in an exception, and what they mean to a user
-    r"dataloader (worker \(|timed)": "the processes that read images died or hang: --workers 0",
-    "alloc|out of memory|memoryerror": "out of memory: try a smaller --batch-size or --size"}
+    "out of memory": LESS,
+    "allocate memory": LESS,
+    "memoryerror": LESS,
+    "dataloader worker": "a process that reads images was killed, often because /dev/shm or the "
+                         "memory is too small: try fewer --workers, or 0",
+}
 
 
 def run_command(program, function):
     """Ends the process with the status of function(); with 2 after one sentence on what a user can
     mend or a machine runs out of; with 130 after Ctrl-C. A bug keeps its traceback."""
-    status, message = 2, None
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files that are not UTF-8
+    status = 2
+    message = None
     try:
         status = function()
     except KeyboardInterrupt:
         status, message = 130, "stopped by Ctrl-C"
-    except (Problem, OSError) as error:     # a worker's traceback ends in "Problem: ..."
-        message = (str(error) or repr(error)).splitlines()[-1].split("Problem: ")[-1]
-    except Exception as error:
-        known = [TROUBLE[words] for words in TROUBLE if re.search(words, repr(error), re.I)]
+    except (Problem, OSError) as error:     # a reader's traceback ends in "Problem: ..."
+        last_line = (str(error) or repr(error)).splitlines()[-1]
+        message = last_line.split("Problem: ")[-1]
+    except (RuntimeError, MemoryError) as error:
+        known = [TROUBLE[words] for words in TROUBLE if words in repr(error).lower()]
         if not known:
             raise
         message = known[0]
     finally:
-        if hasattr(signal, "SIGCHLD"):  # else torch would raise an error for each worker below
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            child.kill()                # workers ignore gentler signals
+        end_readers()
     if message:
         print(f"{program}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def end_readers():
+    """Kills the readers that an error left behind: they ignore SIGTERM, with which Python would try
+    to end them at exit, and it would wait for ever."""
+    if hasattr(signal, "SIGCHLD"):      # torch would raise an error for each of them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class Parser(argparse.ArgumentParser):
@@ -415,84 +866,59 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                          allow_abbrev=False, **settings)
         add = self.add_argument_group("machine").add_argument
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fastest")
-        add("--workers", type=int, default=1, help="processes that read images; 0: only this one")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+            help="auto: the fastest on the device")
+        add("--workers", type=int, help="processes that read images; 0: only this one; without it, "
+            "1 on a CPU, and one a core, at most 16, for a GPU")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def measure(path, args, split, data=None):
-    """One checkpoint on one split: what reports and pictures need."""
-    predict = Predictor(*load_checkpoint(path), *pick_device(args.device, args.precision))
-    data = data or predict.settings["data"]
-    classes, trained = read_classes(data), predict.classes
-    if classes["names"] != trained["names"]:
-        raise Problem(f"{data} has other classes than {path}: name other data with --data")
-    frames = Split(data, split, classes, predict.settings["size"] or trained["size"])
-    confusions, _ = evaluate_split(predict, frames, args.batch_size, args.workers)
-    name = path.resolve().parent.name if path.name in ("best.pt", "last.pt") else path.stem
-    return dict(name=name, predict=predict, split=frames, classes=classes, confusions=confusions)
-
-
-def segment(path, args):
-    """Writes <picture>-overlay.png and <picture>-labels.png of args.images, of any size. A broken
-    or missing picture is reported and skipped; the exit status is then 1, else 0."""
-    predict = Predictor(*load_checkpoint(path), *pick_device(args.device, args.precision))
-    size, palette = predict.settings["size"] or predict.classes["size"], predict.classes["palette"]
-    out, status = Path(args.out or "runs/pictures"), 0
-    out.mkdir(parents=True, exist_ok=True)
-    for file in (Path(f) for entry in args.images for f in pictures_in(entry) or [entry]):
-        try:
-            image = open_picture(file).convert("RGB")
-        except Problem as problem:
-            print(problem)
-            status = 1
-            continue
-        small = ImageOps.contain(image, (size, size), Image.BILINEAR)       # as in training
-        shown = ImageOps.contain(image, [min(1024, max(image.size))] * 2)   # to look at
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
-        prediction = predict(pixels, shown.size[::-1])[0][0].cpu().numpy()
-        photo, coloured = np.asarray(shown), colours(prediction, palette)
-        overlay = np.where(prediction[..., None] > 0, photo // 3 + coloured // 3 * 2, photo)
-        result = out / "-".join(file.parts[-2:]).lstrip("./-")  # two folders can have a 1.jpg
-        draw_grid(f"{result}-overlay.png", [("", [photo, overlay], ["", ""])], predict.classes,
-                  np.unique(prediction))
-        labels = Image.fromarray(prediction.astype(np.uint8)).resize(image.size, Image.NEAREST)
-        labels.putpalette(colours(np.arange(IGNORE + 1), palette).tobytes())
-        labels.save(f"{result}-labels.png")
-        print(f"{file}: {result}-overlay.png, -labels.png")
-    return status
-
-
-def main(argv=None):
-    """Returns the exit status, or raises what run_command explains."""
+def parse(argv):
+    """The options of the command line, checked."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--ckpt", nargs="*", default=[], metavar="PATH",
         help="checkpoints, several are compared; of a folder, its newest best.pt is taken")
-    add("--images", nargs="+", type=Path, metavar="PATH", help="pictures or folders to segment")
+    add("--images", nargs="+", metavar="PATH", help="pictures or folders to segment")
     add("--data", metavar="DIR", help="prepared folder, if not the one trained on")
     add("--split", choices=("train", "val", "test"), default="test", help="frames to measure on")
     add("--per-class", action="store_true", help="print the figures of every class too")
     add("--out", metavar="DIR", help="folder for results, if not beside the checkpoint or in runs/")
     add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        parser.error("--batch-size starts at 1, --workers at 0")
-    paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
-    if args.images:
-        return segment(paths[0], args)
-    runs = [measure(path, args, args.split, args.data) for path in paths]
+    if args.batch_size < 1:
+        parser.error("--batch-size starts at 1")
+    if args.images and len(args.ckpt) > 1:
+        parser.error("--images takes one --ckpt")
+    return args
+
+
+def compare(runs, out, per_class):
+    """Writes report.md and examples.png into the folder `out`, and prints the report."""
     if len({run["split"].folder for run in runs}) > 1:
         raise Problem("these networks were trained on different data: choose one with --data")
-    beside = paths[0].parent / args.split if len(paths) == 1 else "runs/comparison"
-    out = Path(args.out or beside)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report_text(runs), encoding="utf-8")
     draw_examples(out / "examples.png", runs)
-    print(report_text(runs, args.per_class), f"\nWritten into {out}: report.md, examples.png")
+    print(report_text(runs, per_class), f"\nWritten into {out}: report.md, examples.png")
+
+
+def main(argv=None):
+    """Returns the exit status, or raises what run_command explains."""
+    args = parse(argv)
+    files = find_pictures(args.images) if args.images else []
+    paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
+    machine = (args.device, args.precision)
+    if files:
+        predict = Predictor(*load_checkpoint(paths[0]), *pick_device(*machine))
+        return segment(predict, files, args.out or "runs/pictures")
+    options = (*machine, args.batch_size, args.workers)
+    runs = [measure(path, args.split, args.data, *options) for path in paths]
+    beside = paths[0].parent / args.split if len(runs) == 1 else "runs/comparison"
+    compare(runs, Path(args.out or beside), args.per_class)
     return 0
 
 

@@ -1,4 +1,5 @@
 """Makes the flat files of the repository importable from the tests, wherever pytest is started."""
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,3 +18,10 @@ def signals_of_pytest():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def pytest_unconfigure():
+    """Readers that a failed test still holds ignore SIGTERM, so pytest would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()

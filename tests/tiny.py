@@ -12,10 +12,12 @@ from prepare_surreal import GROUPS, MIRROR, NAMES, PALETTE
 
 def draw(rng, size, classes):
     """label (size, size) uint8, bars of random classes on background; 24 joints, some NaN."""
-    label, joints = np.zeros((size, size), np.uint8), np.full((24, 2), np.nan, np.float32)
+    label = np.zeros((size, size), np.uint8)
+    joints = np.full((24, 2), np.nan, np.float32)
     for part in rng.permutation(np.arange(1, classes))[:12]:
         width, height = rng.integers(size // 8, size // 3, 2)
-        x, y = rng.integers(0, size - width), rng.integers(0, size - height)
+        x = rng.integers(0, size - width)
+        y = rng.integers(0, size - height)
         label[y:y + height, x:x + width] = part
         joints[part - 1] = x + (width - 1) / 2, y + (height - 1) / 2
     return label, joints
@@ -23,50 +25,68 @@ def draw(rng, size, classes):
 
 def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), frames_per_clip=3,
                    seed=0, joints=True, names=NAMES, groups=GROUPS):
-    """Writes a prepared folder (DESIGN, section 2) of `frames` frames a split and returns its path.
+    """Writes a prepared folder (DESIGN, section 3) of `frames` frames a split and returns its path.
     Images are the labels' colours plus a little noise."""
-    folder, rng, count = Path(folder), np.random.default_rng(seed), len(names)
-    mirror = MIRROR[:count] if names == NAMES[:count] else list(range(count))
-    palette, pixels = PALETTE[:count], np.zeros(count, np.int64)
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
+    K = len(names)
+    palette = np.array(PALETTE[:K])
+    stored_palette = np.zeros((256, 3), np.uint8)
+    stored_palette[:K] = palette
+    pixels = np.zeros(K, np.int64)
     for split in splits:
         for kind in ("images", "labels"):
             (folder / split / kind).mkdir(parents=True, exist_ok=True)
         known = {}
         for i in range(frames):
-            frame = f"{split}_c{i // frames_per_clip + 1:04d}_{i % frames_per_clip + 1:03d}"
-            label, known[frame] = draw(rng, size, count)
-            image = np.array(palette)[label] + rng.normal(0, 4, (size, size, 3))
-            image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+            clip, number = divmod(i, frames_per_clip)
+            frame = f"{split}_c{clip + 1:04d}_{number + 1:03d}"
+            label, known[frame] = draw(rng, size, K)
+            noisy = palette[label] + rng.normal(0, 4, (size, size, 3))
+            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
             image.save(folder / split / "images" / f"{frame}.jpg", quality=95)
             stored = Image.fromarray(label)
-            stored.putpalette(sum(palette, ()) + (0,) * (768 - 3 * count))      # all 256 entries
+            stored.putpalette(stored_palette.tobytes())
             stored.save(folder / split / "labels" / f"{frame}.png")
             if split == "train":
-                pixels += np.bincount(label.ravel(), minlength=count)
+                pixels += np.bincount(label.ravel(), minlength=K)
         if joints:
             np.savez(folder / split / "joints.npz", frames=[*known], joints=[*known.values()])
-    (folder / "classes.json").write_text(json.dumps(dict(
-        names=list(names), palette=palette, mirror=mirror, groups=groups,
-        joint_mirror=[part - 1 for part in mirror[1:]] if joints else None, pixels=pixels.tolist(),
-        size=size, mean=[0.3] * 3, std=[0.25] * 3, settings={},
-        source="tiny figures of the tests, stand-in, not SURREAL")))
+    mirror = MIRROR[:K] if names == NAMES[:K] else list(range(K))
+    classes = dict(
+        names=list(names),
+        palette=palette.tolist(),
+        mirror=mirror,
+        groups={name: ids for name, ids in groups.items() if max(ids) < K},
+        joint_mirror=[part - 1 for part in mirror[1:]] if joints else None,
+        pixels=pixels.tolist(),
+        size=size,
+        mean=[0.3] * 3,
+        std=[0.25] * 3,
+        source="tiny figures of the tests, stand-in, not SURREAL",
+        settings={"seed": seed},        # as prepare_surreal.py leaves them: the counts are its own
+    )
+    (folder / "classes.json").write_text(json.dumps(classes))
     return folder
 
 
 def write_checkpoint(path, model, kind, data, logit_weights=None, *, kwargs, **settings):
     """A checkpoint of `model`, of the `kind` of evaluate.MODELS, as train.py would write it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classes = json.loads((Path(data) / "classes.json").read_text())
+    settings = dict(data=str(data), size=None) | settings
     torch.save(dict(model=kind, kwargs=kwargs, weights=model.state_dict(), optimizer={}, step=7,
-                    best_miou=0.5, rows=[], logit_weights=logit_weights,
-                    classes=json.loads((Path(data) / "classes.json").read_text()),
-                    settings=dict(data=str(data), size=None) | settings), path)
-    return Path(path)
+                    best_miou=0.5, rows=[], logit_weights=logit_weights, classes=classes,
+                    settings=settings), path)
+    return path
 
 
 def criterion(logits, labels, levels=None):
     """Mean cross-entropy over the labels that are not 255: a plain version of train.py's."""
     assert logits.dtype == torch.float32
     target = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest-exact")
+    target = target[:, 0].long()
     if levels is not None:
-        target = F.pad(levels, (0, 256 - len(levels)), value=255)[target.long()]
-    return F.cross_entropy(logits, target[:, 0].long(), ignore_index=255)
+        target = F.pad(levels, (0, 256 - len(levels)), value=255)[target]
+    return F.cross_entropy(logits, target, ignore_index=255)
