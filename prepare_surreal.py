@@ -62,7 +62,13 @@ GROUPS = {"Background": [0], "Head": [16], "Torso": [1, 4, 7, 10], "U.Legs": [2,
           "L.Legs": [5, 6], "Neck": [13], "Shoulder": [14, 15], "U.Arms": [17, 18],
           "L.Arms": [19, 20], "Feet": [8, 9], "Hands": [21, 22], "Fingers": [23, 24],
           "Toes": [11, 12]}     # columns of the paper's Tables 2 and 5
-SURREAL = dict(names=NAMES, palette=PALETTE, mirror=MIRROR, groups=GROUPS,
+# The 14 parts of SURREAL's own training code: hands with fingers, feet with toes, one torso.
+MERGE = {"background": [0], "head": [16], "torso": [1, 4, 7, 10, 13, 14, 15],
+         "right upper arm": [18], "right lower arm": [20], "right hand": [22, 24],
+         "left upper arm": [17], "left lower arm": [19], "left hand": [21, 23],
+         "right upper leg": [3], "right lower leg": [6], "right foot": [9, 12],
+         "left upper leg": [2], "left lower leg": [5], "left foot": [8, 11]}
+SURREAL = dict(names=NAMES, palette=PALETTE, mirror=MIRROR, groups=GROUPS, merge=MERGE,
                joint_mirror=[part - 1 for part in MIRROR[1:]])
 
 

@@ -233,7 +233,10 @@ def test_classes_json_describes_the_folder(prepared):
     assert pairs == [{2, 3}, {5, 6}, {8, 9}, {11, 12}, {14, 15},
                      *({i, i + 1} for i in range(17, 25, 2))]
     assert classes["joint_mirror"] == [i - 1 for i in mirror[1:]]
-    assert sorted(sum(classes["groups"].values(), [])) == list(range(25))
+    for coarse in classes["groups"], classes["merge"]:
+        assert sorted(sum(coarse.values(), [])) == list(range(25))
+    assert classes["merge"]["left foot"] == [8, 11]
+    assert len(classes["merge"]) == 15
     crops = [load(prepared, "train", frame) for frame in frames(prepared, "train")]
     labels = np.ravel([label for _, label in crops])
     assert classes["pixels"] == np.bincount(labels, minlength=25).tolist()
