@@ -393,50 +393,50 @@ BOTH = 2                                # sexes in FLESH; SURREAL's 0 is female,
 # Capsules of the middle and the left side; those at the left are mirrored to the right.
 FLESH = np.loadtxt("""
 # sex joint   end a: x y z     end b: x y z   radii a, b
-    2     0    51   60  -10     65  -72  -10   102  112     # hips
-    2     0    69  -60  -50     71  -80  -45    88   88
-    2     0     0    0   50      0  -85    5   100   85
-    0     0    85  -20  -10     95  -85  -10    96   96
-    2     3    60  115  -10     56  200  -10   101   99     # spine
-    2     3     0  115   -8      0  200   -8    96   95
-    2     6    56  225  -10     64  285  -10    99  103     # spine1
-    2     6     0  225   -8      0  285   -8    94   97
-    2     9    55  320  -12     64  385  -20   100  102     # spine2: chest
-    2     9     0  320  -10      0  460  -28   103   76
+    2     0    46   92  -10     60  -72  -10   108  118     # hips
+    2     0    64  -60  -50     66  -70  -45   101  101
+    2     0     0    0   50      0  -75    5   100   85
+    0     0    80  -20  -10     90  -75  -10    96   96
+    2     3    64  116  -10     60  213  -10   101   99     # spine
+    2     3     0  116   -8      0  213   -8    96   95
+    2     6    56  233  -10     64  301  -10    99  103     # spine1
+    2     6     0  233   -8      0  301   -8    94   97
+    2     9    51  328  -12     60  398  -20    84  102     # spine2: chest
+    2     9     0  316  -10      0  465  -28   103   81
     0     9    72  340   52     78  332   62    56   50
     1     9    75  370   30     90  375   22    66   60
     1     9    85  330  -40    110  400  -45    72   60
-    2    12     0  540  -42      0  585  -12    44   42     # neck
-    2    15     0  708  -34      0  714    0    78   71     # head: skull, jaw, nose, ear
-    2    15     0  664   22      0  590   62    69   40
+    2    12     0  540  -42      0  577  -12    46   44     # neck
+    2    15     0  708  -29      0  714    5    83   77     # head: skull, jaw, nose, ear
+    2    15     0  664   22      0  590   67    73   47
     2    15     0  684   93      0  657  110     8   14
     2    15    76  655   -8     80  688  -14    12   17
-    2    13    80  425  -22    170  437  -30    86   48     # shoulder
-    2    13    60  490  -42    155  460  -35    14   14
+    2    13    89  425  -22    175  437  -30    81   48     # shoulder
+    2    13    60  490  -42    155  452  -35    34   30
     2    16   235  432  -30    240  430  -30    36   35     # upper arm
     2    16   240  431  -30    432  430  -40    45   38
     2    18   440  430  -40    520  431  -38    41   41     # forearm
-    2    18   520  431  -38    660  435  -35    41   27
-    2    20   690  435  -46    755  430  -58    26   21     # hand: palm, thumb
-    2    20   690  434  -26    757  430  -14    26   21
-    2    20   705  425  -10    745  415   25    22   19
-    2    20   745  415   25    785  412   42    18   15
+    2    18   520  431  -38    652  435  -35    41   27
+    2    20   690  435  -46    755  430  -58    23   18     # hand: palm, thumb
+    2    20   690  434  -26    757  430  -14    23   18
+    2    20   705  425  -10    745  415   25    19   16
+    2    20   745  415   25    785  412   42    15   12
     2    22   768  430  -66    818  424  -78    12    9     # fingers
     2    22   772  431  -44    840  425  -50    13   10
     2    22   772  431  -22    846  425  -21    13   10
     2    22   768  430   -1    832  424   10    13   10
-    2     1    85  -95    0     98 -300    6   100   93     # upper leg
-    2     1    98 -300    6    100 -460    0    93   52
-    2     4   100 -490    0     98 -600  -16    55   54     # lower leg
-    2     4    98 -600  -16     95 -880  -30    54   36
-    2     7    95 -910  -35     95 -928  -58    33   31     # foot
-    2     7    97 -915  -20    106 -938   80    32   24
-    2     7   108 -948  -30    124 -944   88    23   19
-    2     7    92 -948    0     92 -944  105    22   19
-    2    10    91 -946  100     93 -950  145    20   15     # toes
-    2    10   108 -947  100    111 -952  142    15   12
-    2    10   123 -948   93    127 -953  130    14   11
-    2    10   137 -949   83    141 -954  112    13   10
+    2     1    85  -82    5     98 -300   11   100  106     # upper leg
+    2     1    98 -300   11    100 -447    0   106   50
+    2     4   100 -490    0     98 -600  -16    51   50     # lower leg
+    2     4    98 -600  -16     95 -885  -30    50   35
+    2     7    95 -918  -35     95 -928  -58    28   26     # foot
+    2     7    97 -923  -20    106 -938   75    27   24
+    2     7   108 -956  -30    124 -944   83    18   19
+    2     7    92 -956    0     92 -944  100    17   19
+    2    10    91 -951  105     93 -955  145    20   15     # toes
+    2    10   108 -952  105    111 -957  142    15   12
+    2    10   123 -953   98    127 -958  130    14   11
+    2    10   137 -954   88    141 -959  112    13   10
     """.splitlines())
 
 
@@ -460,12 +460,15 @@ def body_model(sex, shape):
     metres = flesh[:, 2:].astype(np.float32) / 1000
     proportions = 1 + .05 * shape[STRETCH]
     scale = proportions * (1 + .03 * shape[0])
-    ends = metres[:, :6].reshape(-1, 2, 3)
-    return Body(flesh[:, 1].astype(int), ends, metres[:, 6:], scale)
+    return Body(
+        joint=flesh[:, 1].astype(int),
+        ends=metres[:, :6].reshape(-1, 2, 3),
+        radii=metres[:, 6:],
+        scale=scale)
 
 
-# 2. Body pose. SURREAL: motion capture (CMU), fitted to SMPL by MoSh. Here: a movement between two key
-# poses, in degrees about the axes of the joints, within limits that keep joints from breaking.
+# 2. Body pose. SURREAL: motion capture (CMU), fitted to SMPL by MoSh. Here: a movement between two
+# key poses, in degrees about the axes of the joints, within limits so that no joint breaks.
 FREEDOMS = np.loadtxt("""
 # joint axis  lowest highest spread
       0    0    -400     400      4     # pelvis: forwards, sideways
@@ -492,7 +495,7 @@ FREEDOMS = np.loadtxt("""
 POSES = np.loadtxt("""
 # weight; arms usually forwards, raised; then the first twelve FREEDOMS
   16   -25 -72      0  0    3  0  0    0     -2  5   5     -2  5   5     # standing
-  26   -25 -72      3  0    4  8  0    0    -28  3  12     14  3  30     # walking
+  26   -25 -72      3  0    4  8  0    0    -28  3  12     14  3  23     # walking
    8   -25 -72     10  0   10 12  0   -8    -60  3  75     12  4  50     # running
    5   -25 -72      0  0    0  0  0    0     -3 22   3     -3 22   3     # legs apart
    3   -25 -72     -8  0   10 -8  0    5     -6  4  10    -82  6  20     # kicking
@@ -507,7 +510,8 @@ POSES = np.loadtxt("""
    2   -25 -72    -88  0    4  0  0    8     -5  8   8    -45  6  75     # on the back
    2   -20  72    178  0   -4  0  0  -20     -8  8  10     -4  8  12     # standing on the hands
     """.splitlines())
-# Rolled, forwards, raised and elbow of an arm in any pose: before the body, at the face, in the air.
+# How far an arm in any pose is rolled, forwards and raised, and its elbow bent: it may be before
+# the body, at the face or in the air.
 LOWEST_ARM = -80, -100, -70, -140
 HIGHEST_ARM = 50, 20, 75, 0
 
@@ -539,7 +543,8 @@ def movement(rng, frames):
     row = rng.choice(len(POSES), p=weight / weight.sum())
     first = key_pose(rng, row)
     last = key_pose(rng, max(row - rng.integers(2), 0))
-    time = np.linspace(rng.uniform(0, .5), rng.uniform(.5, 1), frames)
+    start, end = rng.uniform((0, .5), (.5, 1))
+    time = np.linspace(start, end, frames)
     smoothstep = time * time * (3 - 2 * time)           # starts and ends at rest
     poses = first + smoothstep[:, None, None] * (last - first)
     if rng.random() < .5:                               # the other leg first
@@ -581,21 +586,26 @@ def motion(rng, frames, scale):
         local, turn, place = forward_kinematics(movement(rng, frames), scale)
         arms = place[:, ELBOWS + HANDS, None]
         core = place[:, None, [0, *SPINE, *NECK, *HIPS, *KNEES]]
-        if np.linalg.norm(arms - core, axis=-1).min() > .15:
+        distance = np.linalg.norm(arms - core, axis=-1)
+        if distance.min() > .15:                        # metres
             break
     return local, turn, place
 
 
 # 3. Texture. SURREAL: texture maps of scanned people, a fifth in tight grey clothes (CAESAR), the
 # rest in their own. Here: a function of the place in the T-pose, so that patterns stick to cloth.
-WAIST = .05
-SKIN = np.array([(.94, .78, .68), (.78, .58, .45), (.62, .43, .32), (.33, .22, .16)])
+WAIST = .05                             # its height in the T-pose, in metres
+SKIN = np.array([
+    (.94, .78, .68),
+    (.78, .58, .45),
+    (.62, .43, .32),
+    (.33, .22, .16)])
 
 
 @functools.lru_cache(maxsize=1)
 def clouds():
-    """A picture (256, 256) float32 of noise with mean 0 and deviation 1. It is the sum of blobs of
-    1, 2, 4, ... pixels, because what is natural has detail of all sizes."""
+    """A picture (256, 256) float32 of noise with mean 0 and deviation 1. It is a sum of blobs from
+    one pixel to 30, because photographs have detail of all sizes."""
     rng = np.random.default_rng(0)
     total = 0
     for size in (.5, 1, 2, 4, 8, 16):
@@ -611,7 +621,8 @@ def noise(x, y):
 
 
 def any_colour(rng, samples):
-    """A colour (3,), mostly muted, at times one of `samples` (M, 3), so that colour tells nothing."""
+    """A colour (3,), mostly muted. A fifth are of `samples` (M, 3): skin for things, and the
+    background for clothes, so that colour alone does not tell people from rooms."""
     if rng.random() < .2:
         return rng.choice(samples)
     saturation = rng.choice((.08, .3), p=(.65, .35))
@@ -641,10 +652,14 @@ def dress(rng, still):
     """Draws skin, hair and clothes of a person before `still`. Heights and lengths are metres in
     the T-pose: a sleeve ends `sleeve` from the middle, trousers begin at the height `hem`."""
     skin = rng.choice(SKIN) * rng.uniform(.8, 1.05)
+    pigment = rng.choice([
+        (.5, .36, .24),
+        (.45, .42, .4),
+        skin])
     around = still.reshape(-1, 3)
     look = dict(
         skin=skin,
-        hair=rng.uniform(.1, 1.3) * rng.choice([(.5, .36, .24), (.45, .42, .4), skin]),
+        hair=rng.uniform(.1, 1.3) * pigment,
         hair_front=rng.choice((-9, -.03)),              # -9: short hair
         shirt=fabric(rng, around),
         trousers=fabric(rng, around),
@@ -654,7 +669,7 @@ def dress(rng, still):
         bottom=.03 - rng.exponential(.1),               # most end at the hips, some are coats
         hem=rng.choice((-.24, -.44, -.90, -.90)),
         shoe_top=rng.choice((-9, -.895, -.87, -.76)),   # -9: barefoot
-        shift=rng.uniform(0, 9, 3))                     # or else noise would tell the place
+        shift=rng.uniform(0, 9, 3))                     # or else the noise would tell the part
     if rng.random() < .2:                               # as they were scanned for CAESAR
         grey = dict(look["shirt"], first=np.full(3, rng.uniform(.3, .7)), limit=9)
         look.update(
@@ -673,7 +688,7 @@ def texture(look, rest):
     across = np.abs(side)
     x, y, z = ((rest + look["shift"]) / .006).T
     uneven = noise(x + z, y)
-    edge = .006 * noise(5 * y, 5 * x + 5 * z)                  # no cloth ends in a straight line
+    edge = .006 * noise(5 * y, 5 * x + 5 * z)           # no cloth ends in a straight line
 
     shirt = (up > look["bottom"] + edge) & (across < look["sleeve"] + edge)
     shirt &= up - across < look["neckline"]
@@ -705,9 +720,9 @@ def project(points, camera):
 
 @functools.lru_cache(maxsize=1)
 def lines_of_sight():
-    """Directions (2 HEIGHT, 2 WIDTH, 3) float32 in the world, through the centres of sub-pixels, two
-    to a pixel's side: what project() maps there. One metre of depth is -1 along x, so the point
-    that is t directions away from the camera has the depth t."""
+    """Directions (2 HEIGHT, 2 WIDTH, 3) float32 in the world through the centres of sub-pixels, two
+    to a pixel's side: (-1, y, z), the points one metre deep that project() maps there. So the point
+    camera + t direction has the depth t."""
     row, column = (np.mgrid[:2 * HEIGHT, :2 * WIDTH] + .5) / 2
     y = (row - HEIGHT / 2) / FOCAL
     z = (WIDTH / 2 - column) / FOCAL
@@ -749,18 +764,21 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     towards_a = direction @ from_a
     rise = direction @ axis
     start = from_a @ axis - ra * taper
+    outside_a = from_a @ from_a - ra ** 2
+    outside_b = from_b @ from_b - rb ** 2
 
     k2 = flank * square - rise ** 2
     k1 = flank * towards_a - rise * start
-    k0 = flank * (from_a @ from_a - ra ** 2) - start ** 2
+    k0 = flank * outside_a - start ** 2
     cone = first_root(k2, k1, k0)
     along = (start + cone * rise) / flank
     # A line steeper than the cone, k2 < 0, meets a ball as well, which is near enough.
     cone[(k2 <= 0) | (along < 0) | (along > 1)] = np.nan
-    ball_a = first_root(square, towards_a, from_a @ from_a - ra ** 2)
-    ball_b = first_root(square, direction @ from_b, from_b @ from_b - rb ** 2)
+    ball_a = first_root(square, towards_a, outside_a)
+    ball_b = first_root(square, direction @ from_b, outside_b)
     t = np.fmin(cone, np.fmin(ball_a, ball_b))          # fmin passes over nan
-    return t, np.clip((start + t * rise) / flank, 0, 1)
+    along = (start + t * rise) / flank
+    return t, along.clip(0, 1)
 
 
 def capsule_box(ends, radius, camera):
@@ -775,8 +793,9 @@ def capsule_box(ends, radius, camera):
 
 
 def to_rest(body, turn, place, camera):
-    """What leads from the world to the T-pose of each joint, where its flesh is: matrices (24, 3, 3)
-    that undo the joint's turn and this person's proportions, and the camera's place (24, 3)."""
+    """What leads from the world to the T-pose, where the flesh of each joint stands still: matrices
+    (24, 3, 3) that undo the joint's turn and the person's proportions, and the place of the camera
+    there (24, 3)."""
     undo = turn.swapaxes(1, 2) / body.scale[:, :, None]
     eye = T_POSE + (undo @ (camera - place)[..., None])[..., 0]
     return undo.astype(np.float32), eye.astype(np.float32)
@@ -794,8 +813,10 @@ def z_buffer(body, turn, place, camera):
         ends = body.ends[number]
         radii = body.radii[number]
         scale = body.scale[joint]
-        ends_in_world = place[joint] + (ends - T_POSE[joint]) * scale @ turn[joint].T
-        box = capsule_box(ends_in_world, radii.max() * scale.max(), camera)
+        offset = (ends - T_POSE[joint]) * scale
+        ends_in_world = place[joint] + offset @ turn[joint].T
+        radius = radii.max() * scale.max()
+        box = capsule_box(ends_in_world, radius, camera)
         direction = sight[box] @ undo[joint].T
         t, s = hit_capsule(eye[joint], direction, *ends, *radii)
         nearer = t < depth[box]                         # False for nan
@@ -806,9 +827,10 @@ def z_buffer(body, turn, place, camera):
 
 
 def draw_body(body, turn, place, camera):
-    """Draws a body with joints turned by turn (24, 3, 3) and at place (24, 3) in the world. Returns
-    a dict of what the N sub-pixels with flesh show: pixel (N,) of 240 x 320, depth in metres, joint,
-    normal (N, 3) of any length in the world, and rest (N, 3), the place in the average person's T-pose."""
+    """Draws a body whose joints are turned by turn (24, 3, 3) and at place (24, 3) in the world.
+    Returns a dict of what the N sub-pixels with flesh show: pixel (N,), its number in 240 x 320;
+    depth (N,) in metres; joint (N,); normal (N, 3), of any length, in the world; and rest (N, 3),
+    the place in the T-pose of the average person."""
     depth, owner, along = z_buffer(body, turn, place, camera)
     undo, eye = to_rest(body, turn, place, camera)
     flesh = depth < np.inf
@@ -829,7 +851,8 @@ def draw_body(body, turn, place, camera):
 
 def coverage(flesh):
     """How much of each pixel (240, 320) a drawn body covers, 0 to 1: a quarter a sub-pixel."""
-    return np.bincount(flesh["pixel"], minlength=HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) / 4
+    count = np.bincount(flesh["pixel"], minlength=HEIGHT * WIDTH)
+    return count.reshape(HEIGHT, WIDTH) / 4
 
 
 def label_image(flesh):
@@ -840,17 +863,18 @@ def label_image(flesh):
     stray = np.isin(flesh["joint"], (0, 9)) & spots
     label = np.where(stray, HEAD, flesh["joint"] + 1)
     nearest_last = np.argsort(-flesh["depth"])
+    pixel = flesh["pixel"][nearest_last]
     labels = np.zeros((HEIGHT, WIDTH), np.uint8)
-    labels.flat[flesh["pixel"][nearest_last]] = label[nearest_last]
+    labels.flat[pixel] = label[nearest_last]
     labels[coverage(flesh) < .5] = 0
     return labels
 
 
 # 6. Light. As in SURREAL, nine coefficients of spherical harmonics.
 def shade(normal, light):
-    """How much light (9,) arrives (N,) at surfaces with normals (N, 3) of any length. The nine terms
-    are those of Ramamoorthi & Hanrahan, "An efficient representation for irradiance environment
-    maps" (2001), equation 13; their constants are left to the random coefficients."""
+    """How much light (9,) arrives (N,) at surfaces with normals (N, 3) of any length. The terms are
+    those of Ramamoorthi & Hanrahan, "An efficient representation for irradiance environment maps"
+    (2001), equation 13; their constants are left to the coefficients, which are drawn at random."""
     length = np.linalg.norm(normal, axis=1)
     x, y, z = normal.T / length
     terms = [
@@ -887,45 +911,52 @@ def paint(still, look, light, flesh):
 # 7. Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one
 # over another, of sizes as in photographs: "dead leaves" (Lee, Mumford & Huang 2001). Places in the
 # plane are complex numbers, x + i y, so that a turn is a product.
-def paint_shape(rng, image, length):
-    """Paints a shape, 2 `length` pixels long, over an image (H, W, 3)."""
-    height, width, _ = image.shape
-    half = length * rng.uniform(.1, 1)                  # of its width
-    centre = rng.uniform(0, width) + 1j * rng.uniform(0, height)
+def draw_shape(rng, canvas, number, length):
+    """Draws a rectangle or an ellipse, 2 `length` pixels long, on a canvas: `number` in each of its
+    pixels. Returns its centre, its direction (a number of size 1), and half its width."""
+    centre = rng.uniform(0, WIDTH) + 1j * rng.uniform(0, HEIGHT)
     angle = rng.choice((0, np.pi / 2, rng.uniform(0, np.pi)))
     turn = np.exp(1j * angle)
-    count = rng.choice((4, 4, 16))                      # of corners: a rectangle or an ellipse
+    half = length * rng.uniform(.1, 1)
+    count = rng.choice((4, 4, 16))                      # of corners
     outline = np.exp(2j * np.pi * (np.arange(count) + .5) / count)
-    corners = centre + turn * (length * outline.real + 1j * half * outline.imag)
-    mask = Image.new("1", (width, height))
-    ImageDraw.Draw(mask).polygon(corners.view(float).tolist(), fill=1)
-    y, x = np.nonzero(mask)
-    place = (x + 1j * y - centre) / turn                # from its centre, along and across
+    stretched = length * outline.real + 1j * half * outline.imag
+    corners = centre + turn * stretched
+    canvas.polygon(corners.view(float).tolist(), fill=number)
+    return centre, turn, half
 
-    # The same fabrics as clothes, and at times dark sides as of limbs, so that neither tells people.
-    metres = np.stack([place.real, place.imag, 0 * x], axis=1) / 100
+
+def shape_colour(rng, place, half):
+    """Colours (N, 3) of a shape at places (N,), from its centre: along it, and i times across. It
+    has the fabrics of clothes, and at times dark sides like a limb, so that neither tells people."""
+    metres = np.stack([place.real, place.imag, 0 * place.real], axis=1) / 100
     uneven = noise(place.real, place.imag)
     colour = fabric_colour(fabric(rng, SKIN), metres, uneven)
-    light = rng.uniform(.3, 1.6) * (1 - rng.choice((0, .6)) * (place.imag / half) ** 2)
-    image[y, x] = colour * light[:, None]
+    dark = rng.choice((0, .6)) * (place.imag / half) ** 2
+    light = rng.uniform(.3, 1.6) * (1 - dark)
+    return colour * light[:, None]
 
 
 def background(rng, path):
     """A still picture (240, 320, 3) float32 in 0..1: of the file `path` or, if None, made up."""
     if path:
-        picture = ImageOps.fit(Image.open(path).convert("RGB"), (WIDTH, HEIGHT))
+        picture = Image.open(path).convert("RGB")
+        picture = ImageOps.fit(picture, (WIDTH, HEIGHT))
         return np.asarray(picture, np.float32) / 255
-    image = np.zeros((300, 400, 3), np.float32)         # shrinking it makes soft edges
     count = int(np.exp(rng.uniform(2.5, 5)))
-    lengths = np.sort(np.exp(rng.uniform(1.7, 5.3, count)))[::-1]
+    lengths = np.sort(np.exp(rng.uniform(1.5, 5, count)))[::-1]         # large ones first
     lengths[:4] *= 5                                    # walls and floor
-    for length in lengths:
-        paint_shape(rng, image, length)
+    picture = Image.new("I", (WIDTH, HEIGHT))
+    canvas = ImageDraw.Draw(picture)
+    shapes = [draw_shape(rng, canvas, *shape) for shape in enumerate(lengths)]
+    image = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+    for number, (centre, turn, half) in enumerate(shapes):
+        y, x = np.nonzero(np.asarray(picture) == number)
+        place = (x + 1j * y - centre) / turn
+        image[y, x] = shape_colour(rng, place, half)
     image = image.clip(0) * rng.normal((1.1, 1, .9), .1)
     exposure = rng.uniform(.15, 1.3) / image.mean()
-    image = 1 - np.exp(-exposure * image)               # as on film, bright light saturates late
-    picture = Image.fromarray((255 * image).astype(np.uint8))
-    return np.asarray(picture.resize((WIDTH, HEIGHT), Image.BICUBIC), np.float32) / 255
+    return 1 - np.exp(-exposure * image)                # as on film, bright light saturates late
 
 
 # 8. A clip.
@@ -940,14 +971,14 @@ def scene(rng, frames):
     # Any side, and then upside down, because the world's y points down.
     angles = rng.uniform(0, 360), 180
     world = Rotation.from_euler("yx", angles, degrees=True).as_matrix()
-    shift = rng.choice((.1, .5), p=(.92, .08))          # the frame cuts a few people off
+    aside = rng.choice((.1, .6), p=(.85, .15))          # the frame cuts some people off
     return dict(
         shape=shape,
         body=body,
         local=local,
         turn=world @ turn,
         place=place @ world.T,
-        camera=rng.normal((8, 0, 0), (1, shift, shift)))
+        camera=rng.normal((8, 0, 0), (1, aside, aside)))
 
 
 def render(rng, person, picture):
@@ -957,7 +988,7 @@ def render(rng, person, picture):
     look = dress(rng, still)
     light = rng.uniform(-.6, .6, 9)
     light[:2] = rng.uniform((.5, -.7), (1.2, 0))        # never dark, more from above
-    blur = rng.uniform(0, .8)
+    blur = rng.uniform(.3, .9)                          # pixels
     images, labels = [], []
     for turn, place in zip(person["turn"], person["place"]):
         flesh = draw_body(person["body"], turn, place, person["camera"])
@@ -973,7 +1004,11 @@ def encode_video(images, quality):
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # One thread and no B-frames, or else the file differs from run to run.
-        options = dict(crf=str(quality), preset="veryfast", bf="0", threads="1")
+        options = dict(
+            crf=str(quality),
+            preset="veryfast",
+            bf="0",
+            threads="1")
         stream = container.add_stream("libx264", rate=30, options=options)
         stream.width = WIDTH
         stream.height = HEIGHT
@@ -996,7 +1031,8 @@ def encode_mat(fields):
 def make_clip(raw, split, i, seed, frames, picture):
     """Renders clip i of a split: its mp4, _segm.mat and, as the mark that it is done, _info.mat.
     A person, who has ten sequences of four clips each, is in one split alone."""
-    number = dict(train=200, val=800, test=900)[split] + i // 40
+    first_person = dict(train=200, val=800, test=900)
+    number = first_person[split] + i // 40
     sequence = f"{number:03d}_{i % 40 // 4 + 1:02d}"
     clip = raw / split / "run0" / sequence / f"{sequence}_c{i % 4 + 1:04d}"
     if Path(f"{clip}_info.mat").exists():
