@@ -493,11 +493,11 @@ FREEDOMS = np.loadtxt("""
      19    1    -140       0      8
     """.splitlines())
 POSES = np.loadtxt("""
-# weight; arms usually forwards, raised; then the first twelve FREEDOMS
-  16   -25 -72      0  0    3  0  0    0     -2  5   5     -2  5   5     # standing
+# percent; arms usually forwards, raised; then the first twelve FREEDOMS
+  20   -25 -72      0  0    3  0  0    0     -2  5   5     -2  5   5     # standing
   26   -25 -72      3  0    4  8  0    0    -28  3  12     14  3  23     # walking
    8   -25 -72     10  0   10 12  0   -8    -60  3  75     12  4  50     # running
-   5   -25 -72      0  0    0  0  0    0     -3 22   3     -3 22   3     # legs apart
+  10   -25 -72      0  0    0  0  0    0     -3 22   3     -3 22   3     # legs apart
    3   -25 -72     -8  0   10 -8  0    5     -6  4  10    -82  6  20     # kicking
    9   -55 -60     -4  0   10  0  0    5    -88 10  85    -84 10  80     # sitting
    2   -55 -60     -8  0   18  0  0    8    -80 48 125    -80 48 125     # sitting cross-legged
@@ -539,10 +539,9 @@ def key_pose(rng, row):
 
 def movement(rng, frames):
     """Poses (T, 24, 3) in degrees: part of the way from a key pose to one of the row before it."""
-    weight = POSES[:, 0]
-    row = rng.choice(len(POSES), p=weight / weight.sum())
+    row = rng.choice(len(POSES), p=POSES[:, 0] / 100)
     first = key_pose(rng, row)
-    last = key_pose(rng, max(row - rng.integers(2), 0))
+    last = key_pose(rng, max(row - 1, 0))
     start, end = rng.uniform((0, .5), (.5, 1))
     time = np.linspace(start, end, frames)
     smoothstep = time * time * (3 - 2 * time)           # starts and ends at rest
@@ -611,7 +610,7 @@ def clouds():
     for size in (.5, 1, 2, 4, 8, 16):
         white = rng.standard_normal((256, 256))
         blobs = ndimage.gaussian_filter(white, size, mode="wrap")
-        total = total + blobs / blobs.std()
+        total += blobs / blobs.std()
     return np.float32(total / total.std())
 
 
@@ -625,8 +624,7 @@ def any_colour(rng, samples):
     background for clothes, so that colour alone does not tell people from rooms."""
     if rng.random() < .2:
         return rng.choice(samples)
-    saturation = rng.choice((.08, .3), p=(.65, .35))
-    tint = rng.normal(1, saturation, 3)
+    tint = rng.normal(1, rng.uniform(0, .3), 3)
     return np.clip(rng.beta(1.5, 1.6) * tint, .03, .95)
 
 
@@ -688,7 +686,7 @@ def texture(look, rest):
     across = np.abs(side)
     x, y, z = ((rest + look["shift"]) / .006).T
     uneven = noise(x + z, y)
-    edge = .006 * noise(5 * y, 5 * x + 5 * z)           # no cloth ends in a straight line
+    edge = .006 * noise(5 * y, 5 * x)                   # no cloth ends in a straight line
 
     shirt = (up > look["bottom"] + edge) & (across < look["sleeve"] + edge)
     shirt &= up - across < look["neckline"]
@@ -703,7 +701,7 @@ def texture(look, rest):
     colour[eyes] *= .3
     for name, worn in (("shoes", shoes), ("trousers", trousers), ("shirt", shirt)):
         colour[worn] = fabric_colour(look[name], rest[worn], uneven[worn])
-    colour[hair] = look["hair"] * (1 + .2 * uneven[hair, None])
+    colour[hair] = look["hair"]
     return colour
 
 
@@ -730,12 +728,12 @@ def lines_of_sight():
 
 
 # 5. Ground truth. SURREAL: further passes of Blender. Here: a z-buffer.
-@np.errstate(invalid="ignore", divide="ignore")
 def first_root(k2, k1, k0):
     """The smaller root of k2 t^2 + 2 k1 t + k0 = 0 for k2 > 0, where a line enters; or else nan."""
     return (-k1 - np.sqrt(k1 * k1 - k2 * k0)) / k2
 
 
+@np.errstate(invalid="ignore", divide="ignore")          # of lines that miss
 def hit_capsule(origin, direction, a, b, ra, rb):
     """Where lines first meet two balls and the cone that touches both.
 
@@ -760,7 +758,7 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     flank = axis @ axis - taper ** 2
     from_a = origin - a
     from_b = origin - b
-    square = (direction * direction).sum(-1)
+    square = np.einsum("...i,...i", direction, direction)
     towards_a = direction @ from_a
     rise = direction @ axis
     start = from_a @ axis - ra * taper
@@ -893,19 +891,20 @@ def shade(normal, light):
 def sum_pixels(flesh, values):
     """An image (240, 320, 3): values (N, 3), summed over the sub-pixels of each pixel."""
     sums = [np.bincount(flesh["pixel"], value, HEIGHT * WIDTH) for value in values.T]
-    return np.stack(sums, axis=-1).reshape(HEIGHT, WIDTH, 3)
+    return np.float32(sums).T.reshape(HEIGHT, WIDTH, 3)
 
 
 def paint(still, look, light, flesh):
-    """The image (240, 320, 3) float32 of a drawn body in the clothes `look` before `still`."""
+    """The image (240, 320, 3) of a drawn body in the clothes `look` before the picture `still`."""
     # Without smooth normals, creases between the capsules would show where a part ends.
     normals = sum_pixels(flesh, flesh["normal"])
-    normals = ndimage.gaussian_filter(normals, (1.5, 1.5, 0)).reshape(-1, 3)
-    shaded = shade(normals[flesh["pixel"]], light)[:, None]
+    normals = ndimage.gaussian_filter(normals, (1.5, 1.5, 0), truncate=2)
+    normals = normals.reshape(-1, 3)[flesh["pixel"]]
+    shaded = shade(normals, light)[:, None]
     # A display shows about the square of a pixel's value, hence the root.
     colour = texture(look, flesh["rest"]) * np.sqrt(shaded)
-    image = still * (1 - coverage(flesh)[..., None]) + sum_pixels(flesh, colour) / 4
-    return image.astype(np.float32)
+    behind = np.float32(1 - coverage(flesh)[..., None])
+    return still * behind + sum_pixels(flesh, colour) / 4
 
 
 # 7. Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one
@@ -943,20 +942,23 @@ def background(rng, path):
         picture = Image.open(path).convert("RGB")
         picture = ImageOps.fit(picture, (WIDTH, HEIGHT))
         return np.asarray(picture, np.float32) / 255
-    count = int(np.exp(rng.uniform(2.5, 5)))
+    count = rng.integers(12, 120)
     lengths = np.sort(np.exp(rng.uniform(1.5, 5, count)))[::-1]         # large ones first
     lengths[:4] *= 5                                    # walls and floor
     picture = Image.new("I", (WIDTH, HEIGHT))
     canvas = ImageDraw.Draw(picture)
     shapes = [draw_shape(rng, canvas, *shape) for shape in enumerate(lengths)]
-    image = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+    shown = np.ravel(picture)
+    image = np.zeros((HEIGHT * WIDTH, 3), np.float32)
     for number, (centre, turn, half) in enumerate(shapes):
-        y, x = np.nonzero(np.asarray(picture) == number)
+        pixel = np.flatnonzero(shown == number)
+        y, x = np.divmod(pixel, WIDTH)
         place = (x + 1j * y - centre) / turn
-        image[y, x] = shape_colour(rng, place, half)
-    image = image.clip(0) * rng.normal((1.1, 1, .9), .1)
+        image[pixel] = shape_colour(rng, place, half)
+    image *= rng.normal((1.1, 1, .9), .1)
     exposure = rng.uniform(.15, 1.3) / image.mean()
-    return 1 - np.exp(-exposure * image)                # as on film, bright light saturates late
+    image = 1 - np.exp(-exposure * image.clip(0))       # as on film, bright light saturates late
+    return image.reshape(HEIGHT, WIDTH, 3)
 
 
 # 8. A clip.
@@ -965,7 +967,7 @@ def scene(rng, frames):
     3) and place (T, 24, 3) as of forward_kinematics, but in the world of the camera, and the
     camera's place (3,), in metres from the pelvis."""
     sex = rng.integers(2)
-    shape = np.clip(rng.normal(0, 1.2, 10), -2.5, 2.5)
+    shape = rng.uniform(-2, 2, 10)
     body = body_model(sex, shape)
     local, turn, place = motion(rng, frames, body.scale)
     # Any side, and then upside down, because the world's y points down.
@@ -994,7 +996,7 @@ def render(rng, person, picture):
         flesh = draw_body(person["body"], turn, place, person["camera"])
         image = paint(still, look, light, flesh)
         image = ndimage.gaussian_filter(image, (blur, blur, 0), truncate=2)
-        images.append((255 * image.clip(0, 1)).round().astype(np.uint8))
+        images.append((255 * image.clip(0, 1)).astype(np.uint8))
         labels.append(label_image(flesh))
     return images, labels
 
