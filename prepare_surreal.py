@@ -323,13 +323,13 @@ def prepare(args, settings):
 # ------ The stand-in: clips in SURREAL's raw layout, made step by step as in the paper's Section
 # 2.1. What SURREAL takes from measured data is drawn here from the clip's own random generator.
 #
-# The way from a T-pose to a label image:
-#   1. A body is a set of capsules, each fixed to one of 24 joints of a person in T-pose.
-#   2. A pose turns each joint against its parent; forward kinematics carries the joints along.
-#   3. Each pixel looks along a line. The line is moved back into the T-pose of each joint, and is
-#      intersected there with the joint's capsules, which never move.
-#   4. The nearest capsule wins the pixel. Its joint's number + 1 is the label, the place that was
-#      hit in the T-pose gives the colour, and the direction of the surface gives the light.
+# The way from a T-pose to a label image: A body is a set of capsules, each fixed to one of 24 joints
+# of a person in T-pose (body_model). A pose turns each joint against its parent, and carries along
+# what hangs on it (forward_kinematics). A pixel looks along a line. Instead of the capsules, the
+# line is moved: back into the T-pose, once for each joint (to_rest), where it is intersected with
+# the joint's capsules (hit_capsule). The nearest capsule wins the pixel (z_buffer). Its joint's
+# number + 1 is the label (label_image), the place that was hit in the T-pose gives the colour
+# (texture), and the direction of the surface gives the light (shade).
 
 # 1. Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: SMPL's
 # 24 joints, and flesh of capsules. Millimetres from the pelvis; x to the body's left, y up, z
@@ -390,7 +390,10 @@ HANDS = [20, 21, 22, 23]
 X, Y, Z = range(3)
 BOTH = 2                                # sexes in FLESH; SURREAL's 0 is female, 1 is male
 
-# Capsules of the middle and the left side; those at the left are mirrored to the right.
+# Capsules of the middle and the left side; those at the left (x > 0) are mirrored to the right.
+# A capsule is all balls on the way from a to b, with radii on the way from a's to b's. Where a part
+# ends, SMPL decides, not anatomy: ends and radii were moved until the parts of standing people had
+# SURREAL's areas (within a factor of 1.2) and borders (within 0.02 of the height).
 FLESH = np.loadtxt("""
 # sex joint   end a: x y z     end b: x y z   radii a, b
     2     0    46   92  -10     60  -72  -10   108  118     # hips
@@ -908,8 +911,8 @@ def paint(still, look, light, flesh):
 
 
 # 7. Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one
-# over another, of sizes as in photographs: "dead leaves" (Lee, Mumford & Huang 2001). Places in the
-# plane are complex numbers, x + i y, so that a turn is a product.
+# over another, large ones first: "dead leaves", which have the statistics of photographs (Lee,
+# Mumford & Huang 2001). Places in the plane are complex numbers, x + i y: a product turns them.
 def draw_shape(rng, canvas, number, length):
     """Draws a rectangle or an ellipse, 2 `length` pixels long, on a canvas: `number` in each of its
     pixels. Returns its centre, its direction (a number of size 1), and half its width."""
@@ -926,8 +929,8 @@ def draw_shape(rng, canvas, number, length):
 
 
 def shape_colour(rng, place, half):
-    """Colours (N, 3) of a shape at places (N,), from its centre: along it, and i times across. It
-    has the fabrics of clothes, and at times dark sides like a limb, so that neither tells people."""
+    """Colours (N, 3) of a shape at places (N,) from its centre: along it, and i times across. It has
+    the fabrics of clothes, and at times dark sides like a limb, so that neither tells people."""
     metres = np.stack([place.real, place.imag, 0 * place.real], axis=1) / 100
     uneven = noise(place.real, place.imag)
     colour = fabric_colour(fabric(rng, SKIN), metres, uneven)
