@@ -59,6 +59,7 @@ def masks():
             person["turn"][0],
             person["place"][0],
             person["camera"])
+        assert (flesh["normal"][:, 0] > -.01).mean() > .9               # towards the camera
         drawn.append(prepare.label_image(flesh))
     return drawn
 
@@ -74,18 +75,31 @@ def frames(raw):
             yield stored[f"segm_{t + 1}"], flat, solid
 
 
-@pytest.mark.parametrize("x, height, along", [
+@pytest.mark.parametrize("slant", [(0, 0, 1), (.6, 0, .8), (.3, -.4, .9)])
+@pytest.mark.parametrize("x, z, along", [
     (.5, .4 * .9375 ** .5, .4),     # the cone, where the ball at .4 has the radius .4
     (-.3, .4, 0),                   # the large ball: .3, .4, .5
-    (1.2, .15, 1),                  # the small ball: .2, .15, .25
-    (1.3, np.nan, np.nan)])
-def test_a_capsule_by_hand(x, height, along):
-    origin = np.array([x, 0, 5])
-    down = np.array([[0, 0, -2]])
+    (1.2, .15, 1)])                 # the small ball: .2, .15, .25
+def test_a_capsule_by_hand(slant, x, z, along):
     a, b = np.array([[0, 0, 0], [1, 0, 0]])
-    t, s = prepare.hit_capsule(origin, down, a, b, .5, .25)
-    assert np.allclose(5 - 2 * t, height, equal_nan=True)
-    assert np.allclose(s, along, equal_nan=True)
+    slant = np.array(slant)
+    origin = np.array([x, 0, z]) + 5 * slant
+    line = -2 * slant[None]
+    t, s = prepare.hit_capsule(origin, line, a, b, .5, .25)
+    assert np.allclose((t, s), ((2.5,), (along,)))
+    beside, _ = prepare.hit_capsule(origin + (0, 3, 0), line, a, b, .5, .25)
+    assert np.isnan(beside)
+
+
+def test_the_nearest_subpixel_labels_a_pixel_that_is_covered_half():
+    flesh = dict(
+        pixel=np.array([5, 5, 5, 9]),
+        depth=np.array([8, 7, 8, 6]),
+        joint=np.array([4, 2, 4, 1]),
+        rest=np.zeros((4, 3)))
+    labels = prepare.label_image(flesh)
+    assert labels.flat[5] == 3
+    assert labels.sum() == 3
 
 
 def test_a_bent_elbow_moves_the_hand_and_a_roll_comes_before_the_raise():
@@ -131,6 +145,9 @@ def test_joints_lie_on_their_parts_in_mirrored_images(raw):
         right, down = np.linalg.lstsq(solid, flat - flat[0], rcond=None)[0].T
         away = -1, 0, 0                                 # where SURREAL's camera looks
         assert np.linalg.det([right, down, away]) < 0
+        pelvis, left_hip, right_hip, spine = solid[:4]  # the body itself is no mirror image
+        hips = left_hip + right_hip - 2 * pelvis
+        assert np.linalg.det([left_hip - right_hip, spine - pelvis, hips]) < 0
         padded = np.pad(labels, 400)
         for label, (x, y) in enumerate(flat.astype(int) + 400, 1):
             around = padded[y - 4:y + 5, x - 4:x + 5]
