@@ -323,13 +323,13 @@ def prepare(args, settings):
 # ------ The stand-in: clips in SURREAL's raw layout, made step by step as in the paper's Section
 # 2.1. What SURREAL takes from measured data is drawn here from the clip's own random generator.
 #
-# The way from a T-pose to a label image: A body is a set of capsules, each fixed to one of 24 joints
-# of a person in T-pose (body_model). A pose turns each joint against its parent, and carries along
-# what hangs on it (forward_kinematics). A pixel looks along a line. Instead of the capsules, the
-# line is moved: back into the T-pose, once for each joint (to_rest), where it is intersected with
-# the joint's capsules (hit_capsule). The nearest capsule wins the pixel (z_buffer). Its joint's
-# number + 1 is the label (label_image), the place that was hit in the T-pose gives the colour
-# (texture), and the direction of the surface gives the light (shade).
+# The way from a T-pose to a label image: a body is a set of capsules, each fixed to one of the 24
+# joints of a person in T-pose (body_model). A pose turns each joint against its parent and carries
+# along what hangs on it (forward_kinematics). A pixel looks along a line. Instead of the capsules,
+# the line is moved: back into the T-pose, once for each joint (to_rest), where it is intersected
+# with the joint's capsules (hit_capsule). The nearest capsule wins the pixel (z_buffer). Its
+# joint's number + 1 is the label (label_image), the place that was hit in the T-pose gives the
+# colour (texture), and the direction of the surface gives the light (shade).
 
 # 1. Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: SMPL's
 # 24 joints, and flesh of capsules. Millimetres from the pelvis; x to the body's left, y up, z
@@ -520,7 +520,9 @@ HIGHEST_ARM = 50, 20, 75, 0
 
 
 def key_pose(rng, row):
-    """A pose (24, 3) near a row of POSES: the degrees that each joint is turned about x, y, z."""
+    """A pose (24, 3) near a row of POSES: the degrees that each joint is turned about x, y and z of
+    its parent. Right limbs are drawn like left ones, with the same limits, and mirrored at the end:
+    in a mirror, a turn about x stays, and turns about y and z change their sign."""
     _, forwards, raised, *others = POSES[row]
     arms = np.tile((0, forwards, raised, -25), (2, 1))
     for arm in arms:
@@ -536,7 +538,7 @@ def key_pose(rng, row):
     slope = pose[0, X] + pose[HIPS, X] + pose[KNEES, X]
     pose[ANKLES, X] = np.clip(-slope, -25, 40)          # feet lie flat as far as they can
     pose[HANDS, Z] = rng.uniform(-40, 0)                # fingers curl
-    pose[RIGHT] *= 1, -1, -1                            # what a mirror does to a turn
+    pose[RIGHT] *= 1, -1, -1
     return pose
 
 
@@ -583,7 +585,8 @@ def forward_kinematics(poses, scale):
 
 
 def motion(rng, frames, scale):
-    """forward_kinematics of a movement: the first of eight whose arms keep off the body."""
+    """forward_kinematics of a movement: the first of eight draws whose arms keep off the body, or
+    the last, because some poses leave no other choice."""
     for _ in range(8):
         local, turn, place = forward_kinematics(movement(rng, frames), scale)
         arms = place[:, ELBOWS + HANDS, None]
@@ -783,8 +786,8 @@ def hit_capsule(origin, direction, a, b, ra, rb):
 
 
 def capsule_box(ends, radius, camera):
-    """Slices of rows and columns of sub-pixels that hold a capsule, whose ends (2, 3) and radius
-    are those in the world."""
+    """Slices of rows and columns of sub-pixels that hold a capsule, whose ends (2, 3) and larger
+    radius are given in the world. Only there its lines are tried: 50 times fewer than in all."""
     *centres, depth = project(ends, camera).T           # centres: x and y of both ends
     reach = 1.05 * FOCAL * radius / depth.min()         # a ball far from the middle looks larger
     low = 2 * (np.min(centres, axis=1) - reach)
@@ -929,8 +932,9 @@ def draw_shape(rng, canvas, number, length):
 
 
 def shape_colour(rng, place, half):
-    """Colours (N, 3) of a shape at places (N,) from its centre: along it, and i times across. It has
-    the fabrics of clothes, and at times dark sides like a limb, so that neither tells people."""
+    """Colours (N, 3) of a shape at places (N,) from its centre: along it, plus i times across.
+    Shapes have the fabrics of clothes and some have dark sides like limbs, so that neither tells
+    people from things."""
     metres = np.stack([place.real, place.imag, 0 * place.real], axis=1) / 100
     uneven = noise(place.real, place.imag)
     colour = fabric_colour(fabric(rng, SKIN), metres, uneven)
