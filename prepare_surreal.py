@@ -350,8 +350,8 @@ def prepare(args, settings):
 JOINTS = np.loadtxt("""
 # parent    x    y    z    which number of the body's shape stretches the flesh along x, y, z
      0      0    0    0    1 3 2        # 0: pelvis
-     0     80  -85    0    5 4 5        # 1: left hip; what comes next is right
-     0    -80  -85    0    5 4 5
+     0     80  -85    0    5 4 5        # 1: left hip
+     0    -80  -85    0    5 4 5        # 2: right hip; below, too, the left one comes first
      0      0  105  -15    1 3 2        # 3: spine
      1    100 -475    0    5 4 5        # 4: knees
      2   -100 -475    0    5 4 5
@@ -762,7 +762,7 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     axis = b - a
     taper = ra - rb
     flank = axis @ axis - taper ** 2
-    from_a = origin - a
+    from_a = origin - a                                 # q0 above
     from_b = origin - b
     square = np.einsum("...i,...i", direction, direction)
     towards_a = direction @ from_a
@@ -776,7 +776,8 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     k0 = flank * outside_a - start ** 2
     cone = first_root(k2, k1, k0)
     along = (start + cone * rise) / flank
-    # A line steeper than the cone, k2 < 0, meets a ball as well, which is near enough.
+    # Beside the balls' centres the cone ends, and the balls close it. A line within the opening of
+    # the cone, k2 < 0, meets a ball as well, which is near enough.
     cone[(k2 <= 0) | (along < 0) | (along > 1)] = np.nan
     ball_a = first_root(square, towards_a, outside_a)
     ball_b = first_root(square, direction @ from_b, outside_b)
@@ -837,9 +838,11 @@ def draw_body(body, turn, place, camera):
     the place in the T-pose of the average person."""
     depth, owner, along = z_buffer(body, turn, place, camera)
     undo, eye = to_rest(body, turn, place, camera)
+    # Only what won a sub-pixel is worked out: the rest of a capsule's surface is never seen.
     flesh = depth < np.inf
     number = owner[flesh]
     joint = body.joint[number]
+    # Each sub-pixel n has the matrix of its own joint, its transpose for normals: "nij,ni->nj".
     direction = np.einsum("nij,nj->ni", undo[joint], lines_of_sight()[flesh])
     rest = eye[joint] + depth[flesh, None] * direction
     a, b = body.ends[number].swapaxes(0, 1)
