@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"${PYTHON:-python3}" -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6 \
+    kornia==0.9.0 monai==1.6.1
+"$folder/venv/bin/python" -W ignore - <<'PYTHON'
+import sys
+
+import kornia.losses
+import monai.losses
+import torch
+import torch.nn.functional as F
+
+torch.manual_seed(0)
+classes = 5
+labels = torch.randint(0, 4, (4, 32, 32))      # class 4 occurs nowhere
+labels[:2][labels[:2] == 3] = 0                # class 3 occurs in two of four images
+clear = torch.rand(4, 1, 32, 32) > 0.4
+logits = torch.randn(4, classes, 32, 32) + 3 * clear * F.one_hot(labels, classes).permute(0, 3, 1, 2)
+one_channel = labels[:, None]
+values = {
+    "kornia dice_loss": kornia.losses.dice_loss(logits, labels),
+    "kornia dice_loss, macro": kornia.losses.dice_loss(logits, labels, average="macro"),
+    "MONAI DiceLoss": monai.losses.DiceLoss(softmax=True, to_onehot_y=True)(logits, one_channel),
+    "MONAI DiceLoss, batch": monai.losses.DiceLoss(softmax=True, to_onehot_y=True, batch=True)(
+        logits, one_channel),
+}
+for name, value in values.items():
+    print(f"{name:25} {value:.3f}")
+spread = (max(values.values()) - min(values.values())).item()
+
+log_p = F.log_softmax(logits, 1).gather(1, one_channel)[:, 0]
+focal = (-(1 - log_p.exp()) ** 2 * log_p).mean().item()
+options = dict(alpha=None, gamma=2.0, reduction="mean")
+by_kornia = kornia.losses.focal_loss(logits, labels, **options).item()
+by_monai = monai.losses.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=2.0)(
+    logits, one_channel).item()
+print(f"focal loss, mean over the pixels: {focal:.4f}; kornia {by_kornia:.4f}, MONAI {by_monai:.4f}")
+print(f"the formula is {focal / by_kornia:.2f} and {focal / by_monai:.2f} times as large")
+
+ignored = labels.clone()
+ignored[:, :16] = 255
+half = kornia.losses.focal_loss(logits, ignored, ignore_index=255, **options).item()
+cut = kornia.losses.focal_loss(logits[:, :, 16:], labels[:, 16:], **options).item()
+print(f"kornia, upper half ignored: {half:.4f}; the lower half alone: {cut:.4f}")
+
+same = (spread > 0.15 and abs(focal / by_kornia - classes) < 1e-3
+        and abs(focal / by_monai - classes) < 1e-3 and half < 0.9 * cut)
+if not same:
+    sys.exit("changed: other values")
+PYTHON
