@@ -1,4 +1,24 @@
 #!/usr/bin/env bash
+# The 95 % Hausdorff distance of one pair of masks is 7, 20 or 21 pixels, depending on the library.
+#
+# Expected: three libraries agree within half a pixel on the same two masks, since they agree on the
+# maximum.
+#
+# Seen: they agree on the maximum (24 px) and not on the 95th percentile. The prediction has 16
+# stray pixels far from the body. MONAI takes the percentile in each direction and then the larger
+# one; surface-distance does so with borders weighted by their length; medpy puts the distances of
+# both directions together before it takes the percentile, so that few stray pixels vanish among
+# many good ones.
+#
+# Why it matters: predicted bodies have stray pixels. A table with "HD95" has to name the library.
+#
+# Run on 28 November 2026 on AMD EPYC (family 26) with AVX-512 and its bf16 instructions,
+# two cores, Linux, Python 3.11. The output:
+#
+#                       95th percentile   maximum
+#     MONAI                    21.00 px   24.00 px
+#     surface-distance         20.00 px   24.00 px
+#     medpy                     7.00 px   24.00 px
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,4 +1,29 @@
 #!/usr/bin/env bash
+# x264 with AVX-512 writes files that depend on what the memory held before, even with one thread.
+#
+# Expected: libx264 writes the same file for the same frames, options and number of threads; two
+# runs differ only through threads.
+#
+# Seen: on a CPU with AVX-512, the same frames and options give another file with every content of
+# new memory, one thread included, and the decoded pictures differ visibly. Without B-frames there
+# are fewer variants, but more than one. The script fills new memory with known bytes (mallopt), so
+# the result does not depend on luck. Macroblock tree (mbtree) is where it enters: with mbtree=0, or
+# with the AVX2 code (asm=avx2), files are the same for any memory and any run. An ffmpeg program of
+# another build (9.0.2, from imageio-ffmpeg 0.8.1) depended on the memory in the same way.
+#
+# Why it matters: a rendered data set is to be the same on every run, so that figures can be
+# compared and files checked by their sums. bf=0 and one thread are not enough for that; mbtree=0
+# is.
+#
+# Run on 28 November 2026 on AMD EPYC (family 26) with AVX-512 and its bf16 instructions,
+# two cores, Linux, Python 3.11. The output:
+#
+#     x264 core 165
+#     default, one thread      6 different files of 6, up to 34 grey levels apart
+#     no B-frames, one thread  2 different files of 6, up to 24 grey levels apart
+#     default, four threads    6 different files of 6, up to 43 grey levels apart
+#     mbtree=0, four threads   1 different files of 6, up to 0 grey levels apart
+#     asm=avx2, four threads   1 different files of 6, up to 0 grey levels apart
 set -euo pipefail
 if ! grep -q avx512bw /proc/cpuinfo; then
     echo "This CPU has no AVX-512, so x264 takes another path. Nothing to show."
