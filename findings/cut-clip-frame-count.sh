@@ -16,10 +16,10 @@
 # Run on 28 November 2026 on AMD EPYC (family 26) with AVX-512 and its bf16 instructions,
 # two cores, Linux, Python 3.11. The output:
 #
-#     PyAV    states 65 frames, gives 32: frames 33 to 64 of the whole clip, 32 different ones
-#     OpenCV  states 65 frames, gives 32: frames 33 to 64 of the whole clip, 32 different ones
-#     decord  states 65 frames, gives 65: frames 33 to 64 of the whole clip, 32 different ones
-#     decord's last frame occurs 34 times
+#   PyAV    states 65 frames, gives 32: frames 33 to 64 of the whole clip, 32 different ones
+#   OpenCV  states 65 frames, gives 32: frames 33 to 64 of the whole clip, 32 different ones
+#   decord  states 65 frames, gives 65: frames 33 to 64 of the whole clip, 32 different ones
+#   decord's last frame occurs 34 times
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

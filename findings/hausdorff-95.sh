@@ -15,10 +15,10 @@
 # Run on 28 November 2026 on AMD EPYC (family 26) with AVX-512 and its bf16 instructions,
 # two cores, Linux, Python 3.11. The output:
 #
-#                       95th percentile   maximum
-#     MONAI                    21.00 px   24.00 px
-#     surface-distance         20.00 px   24.00 px
-#     medpy                     7.00 px   24.00 px
+#                     95th percentile   maximum
+#   MONAI                    21.00 px   24.00 px
+#   surface-distance         20.00 px   24.00 px
+#   medpy                     7.00 px   24.00 px
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -18,12 +18,12 @@
 # Run on 28 November 2026 on AMD EPYC (family 26) with AVX-512 and its bf16 instructions,
 # two cores, Linux, Python 3.11. The output:
 #
-#     x264 core 165
-#     default, one thread      6 different files of 6, up to 34 grey levels apart
-#     no B-frames, one thread  2 different files of 6, up to 24 grey levels apart
-#     default, four threads    6 different files of 6, up to 43 grey levels apart
-#     mbtree=0, four threads   1 different files of 6, up to 0 grey levels apart
-#     asm=avx2, four threads   1 different files of 6, up to 0 grey levels apart
+#   x264 core 165
+#   default, one thread      6 different files of 6, up to 34 grey levels apart
+#   no B-frames, one thread  2 different files of 6, up to 24 grey levels apart
+#   default, four threads    6 different files of 6, up to 43 grey levels apart
+#   mbtree=0, four threads   1 different files of 6, up to 0 grey levels apart
+#   asm=avx2, four threads   1 different files of 6, up to 0 grey levels apart
 set -euo pipefail
 if ! grep -q avx512bw /proc/cpuinfo; then
     echo "This CPU has no AVX-512, so x264 takes another path. Nothing to show."
