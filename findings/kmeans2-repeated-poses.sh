@@ -18,13 +18,17 @@
 # two cores, Linux, Python 3.11. The output:
 #
 #   SciPy, 5 clusters, minit=++       5 used, 5 different centres, worst 0.0
-#   SciPy, 5 clusters, minit=points   4 used, 4 different centres, worst 37.5; warns: One of the clusters is empty. R
+#   SciPy, 5 clusters, minit=points   4 used, 4 different centres, worst 37.5
+#     warns: One of the clusters is empty. Re-run kme
 #   SciPy, 5 clusters, minit=random   LinAlgError: Matrix is not positive definite
 #   scikit-learn, 5 clusters: 5 used
-#   SciPy, 8 clusters, minit=++       5 used, 5 different centres, worst 0.0; warns: invalid value encountered in di
-#   SciPy, 8 clusters, minit=points   5 used, 5 different centres, worst 0.0; warns: One of the clusters is empty. R
+#   SciPy, 8 clusters, minit=++       5 used, 5 different centres, worst 0.0
+#     warns: invalid value encountered in divide
+#   SciPy, 8 clusters, minit=points   5 used, 5 different centres, worst 0.0
+#     warns: One of the clusters is empty. Re-run kme
 #   SciPy, 8 clusters, minit=random   LinAlgError: Matrix is not positive definite
-#   scikit-learn, 8 clusters: 5 used; warns: Number of distinct clusters (5)
+#   scikit-learn, 8 clusters: 5 used
+#     warns: Number of distinct clusters (5) found sm
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -56,13 +60,13 @@ for clusters in (5, 8):
             except Exception as error:
                 found[start, clusters] = type(error).__name__
                 words = f"{type(error).__name__}: {error}"
-        first = f"; warns: {str(caught[0].message)[:31]}" if caught else ""
+        first = f"\n  warns: {str(caught[0].message)[:40]}" if caught else ""
         print(f"SciPy, {clusters} clusters, minit={start:8} {words}{first}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = KMeans(clusters, n_init=1, random_state=1).fit(poses)
     found["sklearn", clusters] = len(set(model.labels_))
-    first = f"; warns: {str(caught[0].message)[:31]}" if caught else ""
+    first = f"\n  warns: {str(caught[0].message)[:40]}" if caught else ""
     print(f"scikit-learn, {clusters} clusters: {len(set(model.labels_))} used{first}")
 expected = {("++", 5): (5, 5), ("++", 8): (5, 5), ("points", 5): (4, 4), ("points", 8): (5, 5),
             ("random", 5): "LinAlgError", ("random", 8): "LinAlgError",
