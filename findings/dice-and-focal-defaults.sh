@@ -6,10 +6,10 @@
 # focal loss with reduction "mean" is the mean over the pixels, as cross-entropy's is.
 #
 # Seen: four Dice losses from 0.43 to 0.60. They differ in what is averaged (classes or all pixels
-# together, images or the batch) and in what an absent class counts. Both focal losses average over
-# pixels and classes, so they are 1/K of the formula's: with 25 classes the learning rate would have
-# to be 25 times as large. kornia's mean with ignore_index divides by the ignored pixels as well, so
-# a picture of which half is ignored has half the loss.
+# together, images or the batch), and the rest was not traced. Both focal losses average over pixels
+# and classes, so they are 1/K of the formula's: with 25 classes the learning rate would have to be
+# 25 times as large. kornia's mean with ignore_index divides by the ignored pixels as well, so a
+# picture of which half is ignored has half the loss.
 #
 # Why it matters: who replaces cross-entropy on people's parts by another loss changes the step size
 # with it, without a word.

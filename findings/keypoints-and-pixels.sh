@@ -4,7 +4,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6 \
-    pillow==13.0.0 kornia==0.9.0 albumentationsx==2.5.1
+    pillow==13.0.0 kornia==0.9.0 albumentationsx==2.5.1 opencv-python-headless==5.0.0.93
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
 "$folder/venv/bin/python" -W ignore - <<'PYTHON'
 import sys
