@@ -1031,9 +1031,9 @@ def lines_of_sight():
 
 # 5. Ground truth. SURREAL: further passes of Blender. Here: a z-buffer.
 def first_root(k2, k1, k0):
-    """The smaller root of k2 t^2 + 2 k1 t + k0 = 0 for k2 > 0, where a line enters. nan without a
-    root: nan means no hit, and nan < depth is False, so it never wins. For k2 < 0 it is the larger
-    root, which hit_capsule leaves out."""
+    """The root of k2 t^2 + 2 k1 t + k0 = 0 where a line enters: the smaller one for k2 > 0; for
+    k2 < 0, a line that runs more along a cone's axis than its side does, the larger. nan without a
+    root: nan means no hit, and nan < depth is False, so it never wins."""
     return (-k1 - np.sqrt(k1 * k1 - k2 * k0)) / k2
 
 
@@ -1077,12 +1077,8 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     k0 = flank * outside_a - start ** 2
     cone = first_root(k2, k1, k0)
     along = (start + cone * rise) / flank
-    # The cone exists only for balls with s in 0..1; beyond, the end balls close it. A line with
-    # k2 < 0 runs more along the axis than the cone's side does: within 3 degrees of a lower leg's,
-    # 17 of the jaw's. Where it enters through the side, on its way to the larger ball, the hit is
-    # left out and the ball is met instead, somewhat too deep. (To keep it would be exact, but would
-    # change a few pixels of the stand-ins rendered so far.)
-    cone[(k2 <= 0) | (along < 0) | (along > 1)] = np.nan
+    # The cone exists only for balls with s in 0..1; beyond, the end balls close it.
+    cone[(along < 0) | (along > 1)] = np.nan
     ball_a = first_root(square, towards_a, outside_a)
     ball_b = first_root(square, direction @ from_b, outside_b)
     t = np.fmin(cone, np.fmin(ball_a, ball_b))          # fmin passes over nan
@@ -1336,12 +1332,13 @@ def encode_video(images, quality):
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # One thread, because the bytes depend on the number of threads, and so on the machine.
-        # Without B-frames, frames are stored in the order in which they are shown.
-        options = dict(
-            crf=str(quality),
-            preset="veryfast",
-            bf="0",
-            threads="1")
+        # Without the macroblock tree, which reads memory that x264 has not written, so that the
+        # same frames give another file now and then (findings/x264-stale-memory.sh).
+        options = {
+            "crf": str(quality),
+            "preset": "veryfast",
+            "threads": "1",
+            "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=30, options=options)
         stream.width = WIDTH
         stream.height = HEIGHT

@@ -127,19 +127,8 @@ def test_a_capsule_is_all_balls_along_its_axis(radii, origin):
     assert 60 < hit.sum() < 190
     same = np.isfinite(t) == hit
     assert same.mean() > .98                            # some touch between two of the 500 balls
-
-    length = np.linalg.norm(axis)
-    taper = np.ptp(radii)
-    distance = np.linalg.norm(lines, axis=1)
-    slope = abs(lines @ axis) / distance
-    steep = slope > np.sqrt(length ** 2 - taper ** 2)
-    exact = hit & ~steep
-    assert np.allclose(t[exact], first[exact], atol=.001)
-    assert np.allclose(along[exact], ball[exact], atol=.02)
-    # A steep line may enter through the cone's side, which hit_capsule leaves out: it is met later.
-    late = (t - first)[hit & steep]
-    assert (late > -.001).all()
-    assert (late < length / distance.min()).all()
+    assert np.allclose(t[hit], first[hit], atol=.001)
+    assert np.allclose(along[hit], ball[hit], atol=.02)
 
 
 def test_the_nearest_subpixel_labels_a_pixel_that_is_covered_half():
