@@ -3,7 +3,8 @@
 The procedure of "Fully Convolutional Architectures for Multi-Part Body Segmentation" (Borrego
 Carazo, 2018, Section 3.1). Which frames make up step t, and how they are augmented, is a function
 of (seed, t) alone, and no layer draws at random. So a run continues exactly where it stopped
-without any saved random state; a layer such as Dropout would break that in silence.
+without any saved random state (on a CPU, with as many threads); a layer that draws from the global
+generator, such as Dropout, would break that in silence.
 
 Differs from the authors' code: a mirror swaps left and right, factors of scale are drawn
 log-uniformly (there uniformly), and class heads start at the classes' prior. The paper's "180
@@ -37,20 +38,22 @@ from hourglass import NAMES
 def class_weights(pixels, scheme):
     """Class weights of the paper's Section 3.1.
 
-    pixels: (K,) float64, label pixels C of each class in the train split, all above 0.
+    pixels: (K,) float64, label pixels C of each of the K classes in the train split, all above 0.
     scheme: "none" = 1; "w1" = 1 - C / sum(C); "w2" = B exp(-(B - mean B) / (4 std B)) with
         B = max(C) / C and the population's std, scaled so that the largest weight is 1.
-    Returns (K,) float32. In the paper's data, w2 weighs a toe's pixel 350 times the background's.
+    Returns (K,) float32. In the paper's data w1 weighs the background's pixels an eighth of the
+    others', w2 a toe's pixels 700 times the background's.
     """
     if scheme == "none":
         return torch.ones_like(pixels).float()
     if scheme == "w1":
         return (1 - pixels / pixels.sum()).float()
-    B = pixels.max() / pixels                       # how rare: 1 for the most common class
-    std = B.std(correction=0).clamp(min=1e-12)      # equal counts have equal weights
-    # B alone spans a factor of 2,000. The exponential damps the rarest: B exp(-B / (4 std)) rises
-    # up to B = 4 std and falls beyond, so one class of a few pixels cannot rule the loss.
-    weights = B * torch.exp(-(B - B.mean()) / (4 * std))
+    rarity = pixels.max() / pixels                  # B: 1 for the most common class
+    std = rarity.std(correction=0).clamp(min=1e-12)         # equal counts have equal weights
+    # B alone would give every class the same share of the loss. The exponential takes up to two
+    # thirds of it from the rarest classes, whose labels are least exact; the paper gives no reason.
+    weights = rarity * torch.exp(-(rarity - rarity.mean()) / (4 * std))
+    # Scaled, an average pixel of the paper's data weighs 1/40, and so does SGD's step at a rate.
     return (weights / weights.max()).float()        # unscaled, SGD at 0.01 diverges
 
 
@@ -135,7 +138,7 @@ class Criterion:
 def frame_order(count, batch_size, seed, start, steps):
     """Yields, for each step of range(start, steps), a list of `batch_size` indices below `count`:
     shuffled epochs, one after the other."""
-    @functools.lru_cache(maxsize=2)         # a batch may join the end of one epoch and the next
+    @functools.lru_cache(maxsize=2)    # a batch may need the end of one and the start of the next
     def shuffled(epoch):
         return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
@@ -254,13 +257,13 @@ def train(args, run_dir, checkpoint=None):
     torch.manual_seed(args.seed)
     network, kwargs = build_network(args, classes)
     criterion = Criterion(classes, args.weighting, device)
-    _, weights = criterion.pixels_and_weights(len(classes["names"]))
+    _, factors = criterion.pixels_and_weights(len(classes["names"]))
     fixed = dict(
         model=args.model,
         kwargs=kwargs,
         classes=classes,
         settings=vars(args),
-        logit_weights=weights.tolist() if criterion.form == "direct" else None,
+        logit_weights=factors.tolist() if criterion.form == "direct" else None,
     )
     predict = Predictor(fixed, network, device, precision)     # moves the network there
     for head, levels in getattr(network, "heads", ()):
@@ -277,7 +280,8 @@ def train(args, run_dir, checkpoint=None):
         check_same_data(checkpoint, classes, args.data)
         network.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and scaler.is_enabled():    # both in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
     elif args.init_from:
         start_from(network, args.init_from)
 
@@ -321,16 +325,14 @@ def train(args, run_dir, checkpoint=None):
             norm.train(step >= args.bn_after)               # frozen, it keeps its statistics
         draws = draw_augmentation(args.seed, step, args.batch_size)
         batch = evaluate.to_device(batch, device)
-        images, batch = augment_batch(batch, draws[rank::world], args.augment, classes,
+        images, truth = augment_batch(batch, draws[rank::world], args.augment, classes,
                                       predict.memory_format)
         with evaluate.autocast(device, precision):
             outputs = model(images)
-        total, main = network.loss(outputs, batch, criterion)
+        total, main = network.loss(outputs, truth, criterion)
         optimizer.zero_grad()
         scaler.scale(total).backward()
-        if step == start and precision == "bf16":
-            check_gradients(network)
-        if step < args.bn_after:                            # without a gradient, no update
+        if step < args.bn_after:        # of a gradient of 0, momentum would still move them
             for norm in norms:
                 norm.weight.grad = norm.bias.grad = None
         for group in optimizer.param_groups:
@@ -341,7 +343,9 @@ def train(args, run_dir, checkpoint=None):
         done = step + 1
         bar.update(args.batch_size)
         due = done % args.val_every == 0 or done == args.iterations
-        if done % 10 and not due and not stop.number:       # main.item() would wait for the GPU
+        stopping = stop.number                              # it may change at any line below
+        look = due or stopping or done % 10 == 0
+        if not look:                                        # main.item() would wait for the GPU
             continue
         check_finite(main.item(), done, scaler.get_scale())
         if due:
@@ -353,14 +357,14 @@ def train(args, run_dir, checkpoint=None):
                 save("best.pt", done)
             if rank == 0:
                 write_log(run_dir, rows, classes["source"])
-        if due or stop.number:
+        if due or stopping:
             save("last.pt", done)
         bar.set_postfix_str(f"step {done}, loss {main.item():.3f}, best mIoU {max(best, 0):.1%}",
                             refresh=False)
-        if stop.number:
+        if stopping:
             bar.close()
             print(f"Stopped at step {done}: --resume {run_dir} goes on (a study: its command)")
-            sys.exit(128 + stop.number)
+            sys.exit(128 + stopping)
     bar.close()
     stop.number = -1                                        # from here on, a signal ends at once
     if world > 1:
@@ -386,14 +390,6 @@ def check_finite(loss, step, scale=1):
     gradients is skipped and the scale halved, so it is only final once the scale is down to 1."""
     if not np.isfinite(loss) and scale <= 1:
         raise Problem(f"loss {loss} at step {step}: lower --lr, or take --precision fp32")
-
-
-def check_gradients(network):
-    """Raises Problem if the first step's gradients are nan, as those of a dilated convolution with
-    45 or 46 channels are in bf16 on some CPUs. In fp16 the scaler handles them."""
-    if not all(parameter.grad.isfinite().all() for parameter in network.parameters()):
-        raise Problem("this machine's bf16 computes no finite gradients for this network: take "
-                      "--precision fp32 or another --width")
 
 
 def write_log(run_dir, rows, source):
@@ -445,7 +441,8 @@ def warn(classes, data):
         print(f"{data}: no training label shows", ", ".join(absent))
     shared = evaluate.shared_groups(data)
     if shared:
-        print(f"{data}: {len(shared)} groups are in two splits, so figures flatter: {shared[0]}")
+        print(f"{data}: {len(shared)} groups of train are in val or test too, {shared[0]} for "
+              "example, so figures flatter")
 
 
 def render_standin():
@@ -453,7 +450,7 @@ def render_standin():
     if "RANK" in os.environ:
         raise Problem("torchrun needs data: python prepare_surreal.py --synthesize --out "
                       "data/standin first, or --data")
-    print("There is no data/surreal: rendering a stand-in, which is not SURREAL.", flush=True)
+    print("Rendering a stand-in for SURREAL, which it is not, into data/standin.", flush=True)
     import prepare_surreal                                  # not needed by those who have data
     status = prepare_surreal.main(["--synthesize", "--out", "data/standin"])
     if status:
@@ -462,10 +459,11 @@ def render_standin():
 
 def validation_readers(args, classes, workers, device):
     """{"train" and "val": (reader, group of each frame)} of a fixed, seeded choice of frames. The
-    readers' processes live on between validations; together they are as many as for training."""
+    readers' processes live on between validations, about as many as training's."""
     measured = {}
     for number, name in enumerate(("train", "val")):
         split = Split(args.data, name, classes, args.size)
+        # Not of args.seed, since all runs are measured on the same frames.
         order = np.random.default_rng([2, number]).permutation(len(split.frames))
         chosen = np.sort(order[:args.val_images])
         chunks = torch.tensor(chosen).split(min(16, args.batch_size))
@@ -484,7 +482,7 @@ def check_same_data(checkpoint, classes, data):
 
 
 # Settings that only one of the networks takes.
-ONLY = dict(
+ONLY_FOR = dict(
     variant="segnet",
     stacks="hourglass",
     features="hourglass",
@@ -499,7 +497,7 @@ def build_network(args, classes):
     kwargs = dict(num_classes=len(classes["names"]), width=args.width)
     if args.double_filters:
         kwargs["width"] *= 2
-    for option, model in ONLY.items():
+    for option, model in ONLY_FOR.items():
         if model == args.model:
             kwargs[option] = getattr(args, option)
     if args.joints == "surreal":
@@ -599,7 +597,7 @@ def study(args, argv, folder):
     base = [word for word in argv if word not in ("--study", "--resume")]
 
     def run_dir(options):
-        return str(folder / (options.replace("--", "").replace(" ", "-") or "normal"))
+        return str(folder / ("-".join(options.replace("--", "").split()) or "normal"))
 
     def command(options):
         return [*base, "--augment", "none", *options.split(), "--out", run_dir(options), "--resume"]
@@ -609,8 +607,9 @@ def study(args, argv, folder):
         return checkpoint["best_miou"]
 
     series = STUDY[args.model]
-    for options in series:                                  # what cannot work fails now
-        read_data(parse(command(options))[0])
+    settings = [parse(command(options))[0] for options in series]
+    for args_of_run in settings:                            # what cannot work fails now
+        read_data(args_of_run)
     for options in series:
         main(command(options))
     evaluate.main(["--ckpt", *map(run_dir, series), "--split", "val", "--out", str(folder)])
@@ -637,7 +636,7 @@ OPTIONS = dict(         # name: (default, help)
     coarse_to_fine=(False, "hourglass: its modules learn 2, 6, 12, then 25 classes"),
     joints=("none", "hourglass: a training branch finds the data's joints, or parts' centroids"),
     weighting=("none", "class weights, see Criterion"),
-    iterations=(0, "training steps"),
+    iterations=(0, "training steps"),                       # set by every recipe, as the next two
     batch_size=(0, "images in a step, over all processes"),
     lr=(0.0, "first learning rate"),
     val_every=(200, "steps between validations"),
@@ -660,12 +659,13 @@ OTHERS = dict(          # without an entry above, or set by recipes alone
     warmup=0,
     power=1.0,
 )
-SHORT = dict(optimizer="AdamW", optimizer_args={"fused": True}, weight_decay=0.1, schedule="poly",
-             warmup=100, batch_size=8, val_images=200, augment=["mirror"])
+QUICK_COMMON = dict(
+    optimizer="AdamW", optimizer_args={"fused": True}, weight_decay=0.1, schedule="poly",
+    warmup=100, batch_size=8, val_images=200, augment=["mirror"])
 QUICK = dict(           # some minutes on two cores, found by trial
-    icnet=SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
-    segnet=SHORT | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
-    hourglass=SHORT | dict(size=96, stacks=1, features=128, stem_stride=4, lr=0.005,
+    icnet=QUICK_COMMON | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
+    segnet=QUICK_COMMON | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
+    hourglass=QUICK_COMMON | dict(size=96, stacks=1, features=128, stem_stride=4, lr=0.005,
                            iterations=4500, val_every=750))
 WEIGHTINGS = ["none", "w1-outer", "w1-direct", "w2-outer", "w2-direct"]
 CHOICES = dict(
@@ -674,7 +674,7 @@ CHOICES = dict(
     joints=["none", "surreal", "centroids"],
     weighting=WEIGHTINGS,
 )
-LOWEST = dict(width=0.001, size=0, lr=0, bn_after=0, seed=0, workers=0)     # of others, 1
+LOWEST = dict(width=0.001, size=0, lr=0, bn_after=0, seed=0, workers=0)     # all others: 1
 MAY_CHANGE = {"workers", "device", "precision", "compile", "iterations", "out", "resume", "data"}
 SET_BY_STUDY = {"double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
 
@@ -692,6 +692,7 @@ def build_parser():
         if default is False:
             add(option, action="store_true", help=text)
         else:
+            text += f" ({default or 'see below'})"
             add(option, type=type(default), choices=CHOICES.get(name), help=text)
     add("--augment", nargs="*", choices=["mirror", "scale", "colour", "none"],
         help="alone: mirror and scale, the paper's")
@@ -750,7 +751,7 @@ def complete(typed, checkpoint):
     defaults = {name: default for name, (default, _) in OPTIONS.items()}
     settings = defaults | OTHERS | MODELS[model].recipe
     if typed.get("quick"):
-        quick = QUICK.get(model, SHORT)
+        quick = QUICK.get(model, QUICK_COMMON)
         settings |= quick
         print("--quick:", quick, "where no option says otherwise")
     return Namespace(**settings | typed)
@@ -763,7 +764,7 @@ def check_options(args, typed):
         lowest = LOWEST.get(name, 1)
         if isinstance(value, (int, float)) and not lowest <= value < 2 ** 63:   # nor nan, inf
             raise Problem(f"{option} {value}: it starts at {lowest}")
-        if ONLY.get(name, args.model) != args.model:
+        if ONLY_FOR.get(name, args.model) != args.model:
             raise Problem(f"{option} is no option of {args.model}: leave it out")
         if args.study and name in SET_BY_STUDY:
             raise Problem(f"{option} is set by each run of --study: leave it out")

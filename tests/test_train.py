@@ -397,16 +397,6 @@ def test_a_compiler_that_is_missing_is_one_sentence(data, tmp_path, capsys, monk
     assert "(no compiler)" in refused(command(data, tmp_path / "run", "--compile"), capsys)
 
 
-def test_a_first_gradient_that_is_nan_costs_no_run(data, tmp_path, capsys, monkeypatch):
-    def broken(self, outputs, batch, criterion):
-        loss = (outputs.sum() * 0).sqrt()                   # 0, and its gradient nan
-        return loss, loss.detach()
-    monkeypatch.setattr(evaluate.MODELS["segnet"], "loss", broken)
-    argv = command(data, tmp_path / "run", "--precision bf16")
-    assert "--precision fp32" in refused(argv, capsys)
-    assert load(tmp_path / "run")["step"] == 0
-
-
 def test_three_forms_of_resume(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "a"
