@@ -230,8 +230,9 @@ def check_classes(classes):
         std=((3,), 0, 1),
     )
     for key, (shape, low, high) in expected.items():
-        values = np.array(classes[key], dtype=float)
-        if values.shape != shape or not low <= values.max() <= high:
+        values = np.array(classes[key])
+        numbers = np.issubdtype(values.dtype, np.number) and values.shape == shape
+        if not numbers or not low <= values.max() <= high:
             raise ValueError(f'"{key}" has to be a list of shape {shape} whose largest number is '
                              f"from {low} to {high}, not {str(classes[key])[:80]}")
     mirror = classes["mirror"]
@@ -610,7 +611,7 @@ def draw_examples(path, runs):
     chosen = best_first[places.astype(int)]
     batch = split[chosen]
     labels = batch["labels"].numpy()
-    photos = batch["images"].permute(0, 2, 3, 1)
+    photos = batch["images"].permute(0, 2, 3, 1).numpy()
     rows = [("photo", photos), ("ground truth", colours(labels, classes["palette"]))]
     for run in runs:
         images = run["split"][chosen]["images"]
@@ -737,8 +738,7 @@ def load_checkpoint(path):
         network = MODELS[checkpoint["model"]](**checkpoint["kwargs"])
         network.load_state_dict(checkpoint["weights"])
     except Exception as error:          # a garbled file can raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise Problem(f"{path} is no usable checkpoint of train.py ({reason})") from error
+        raise Problem(f"{path} is no usable checkpoint of train.py ({error!r:.150})") from error
     return checkpoint, network.eval()
 
 
