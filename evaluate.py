@@ -116,10 +116,8 @@ def merge_classes(confusion, merge):
     merge: coarse name -> its ids. A left hand that was taken for left fingers is right when both
     are "left hand": the rows and the columns of a coarse class are added up.
     """
-    K = confusion.shape[-1]
-    belongs = np.zeros((len(merge), K), np.int64)       # [coarse, fine]
-    for row, ids in zip(belongs, merge.values()):
-        row[ids] = 1
+    one_hot = np.eye(confusion.shape[-1], dtype=np.int64)
+    belongs = np.stack([one_hot[ids].sum(0) for ids in merge.values()])     # (M, K) of 0 and 1
     return belongs @ confusion @ belongs.T
 
 
@@ -580,8 +578,10 @@ def colours(labels, palette):
 def draw_grid(path, rows, classes, side=3):
     """Rows (name, pictures (H, W, 3) uint8) above a legend of the classes. side: in inches."""
     across = len(rows[0][1])
-    inches = (side * across, side * len(rows) + 1)
-    sheet = figure.Figure(inches, dpi=110, layout="constrained")
+    width = side * across
+    columns = width // 2                # of the legend, four lines of which take an inch
+    legend = len(classes["names"]) / columns / 4 + 1
+    sheet = figure.Figure((width, side * len(rows) + legend), dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
     for line, (name, pictures) in zip(grid, rows):
         line[0].set_ylabel(name)
@@ -595,7 +595,7 @@ def draw_grid(path, rows, classes, side=3):
         handles=handles,
         title=classes["source"],
         loc="outside lower center",
-        ncols=side * across // 2,
+        ncols=columns,
     )
     sheet.savefig(path)
 
