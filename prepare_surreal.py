@@ -13,6 +13,7 @@ stand-in in SURREAL's layout, for those who do not have SURREAL.
 import argparse
 import collections
 import csv
+import dataclasses
 import fnmatch
 import functools
 import glob
@@ -604,384 +605,756 @@ def convert(out, size, margin, split, picture, frame, mask):
     write_record(out, split, frame, [(frame, *pair, None)], [])
 
 
-# ------ The stand-in: clips in SURREAL's raw layout, after the paper's Section 2.1, step by step.
-# What SURREAL takes from measured data is drawn here from the clip's own random generator `rng`.
+# ------ The stand-in: clips in SURREAL's raw layout, made step by step as in the paper's Section
+# 2.1. What SURREAL takes from measured data is drawn here from the clip's own random generator.
+#
+# The way from a T-pose to a label image: a body is a set of capsules, each fixed to one of the 24
+# joints of a person in T-pose (body_model). A pose turns each joint against its parent and carries
+# along what hangs on it (forward_kinematics). A pixel looks along a line. Instead of the capsules,
+# the line is moved: back into the T-pose, once for each joint (to_rest), where it is intersected
+# with the joint's capsules (hit_capsule). The nearest capsule wins the pixel (z_buffer). Its
+# joint's number + 1 is the label (label_image), the place that was hit in the T-pose gives the
+# colour (texture), and the direction of the surface gives the light (shade).
 
-# Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: the SMPL
-# skeleton with flesh of tapered capsules. Millimetres; x to the body's left, y up, z forward.
-PARENT = (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
-# The joints of the T-pose; a part's label is its joint's number + 1.
-T_POSE = np.array("""
-    0 0 0   80 -85 0   -80 -85 0   0 105 -15   100 -475 0   -100 -475 0   0 235 -20   95 -885 -30
-    -95 -885 -30   0 300 -10   115 -945 85   -115 -945 85   0 500 -35   75 410 -25   -75 410 -25
-    0 585 0   180 435 -30   -180 435 -30   435 430 -40   -435 430 -40   685 435 -35   -685 435 -35
-    765 430 -30   -765 430 -30""".split(), float).reshape(24, 3) / 1000
-# Capsules of the middle and the left side: joint, ends a and b (x, y, z), their radii.
-FLESH = """
-0 60 68 -10 74 -72 -10 102 112, 0 78 -60 -50 80 -95 -45 88 88, 0 0 50 0 0 -85 5 100 85,
-3 50 118 -10 46 195 -10 101 99, 6 46 220 -10 54 285 -10 99 103, 9 55 315 -12 64 365 -20 105 92,
-9 0 310 -10 0 410 -28 108 84, 12 0 500 -42 0 600 -12 58 55, 15 0 708 -34 0 714 0 88 81,
-15 0 664 22 0 610 52 69 37, 15 0 684 93 0 657 110 8 14, 15 76 655 -8 80 688 -14 12 17,
-13 60 415 -22 150 437 -30 86 64, 13 25 485 -42 130 455 -35 46 46, 16 185 432 -30 220 430 -30 60 55,
-16 220 431 -30 432 430 -40 52 41, 18 440 430 -40 520 431 -38 41 41,
-18 520 431 -38 680 435 -35 41 27, 20 690 435 -46 755 430 -58 21 16,
-20 690 434 -26 757 430 -14 21 16, 20 705 425 -10 745 415 25 17 14, 20 745 415 25 785 412 42 13 10,
-22 768 430 -66 818 424 -78 12 9, 22 772 431 -44 840 425 -50 13 10, 22 772 431 -22 846 425 -21 13 10,
-22 768 430 -1 832 424 10 13 10, 1 85 -110 0 98 -300 6 96 80, 1 98 -300 6 100 -470 0 80 58,
-4 100 -480 0 98 -600 -16 56 57, 4 98 -600 -16 95 -885 -30 57 36, 7 95 -900 -35 95 -928 -58 36 34,
-7 97 -905 -20 106 -938 60 35 27, 7 108 -938 -30 124 -944 68 26 22, 7 92 -938 0 92 -944 85 25 22,
-10 91 -946 95 93 -950 145 20 15, 10 108 -947 95 111 -952 142 15 12,
-10 123 -948 88 127 -953 130 14 11, 10 137 -949 78 141 -954 112 13 10"""
-BY_SEX = ("9 72 340 52 78 332 62 56 50, 0 90 -20 -10 100 -85 -10 96 96",
-          "9 75 370 30 90 375 22 66 60, 9 85 330 -40 110 400 -45 72 60")
+# 1. Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: SMPL's
+# 24 joints, and flesh of capsules. Millimetres from the pelvis; x to the body's left, y up, z
+# forward. From the front, so that the body's left is on your right:
+#
+#                        15                   15 head, 12 neck
+#                        12                   13 14 collar bones, 16 17 shoulders
+#    23-21---19---17-14   |   13-16---18---20-22      18 19 elbows, 20 21 wrists, 22 23 fingers
+#                      \_ 9 _/
+#                         6                   9 6 3 spine
+#                         3
+#                       _ 0 _                 0 pelvis
+#                      2     1                1 2 hips
+#                      5     4                4 5 knees
+#                      8     7                7 8 ankles
+#                     11     10               10 11 toes
+#
+JOINTS = np.loadtxt("""
+# parent    x    y    z    which number of the body's shape stretches the flesh along x, y, z
+     0      0    0    0    1 3 2        # 0: pelvis
+     0     80  -85    0    5 4 5        # 1: left hip
+     0    -80  -85    0    5 4 5        # 2: right hip; below, too, the left one comes first
+     0      0  105  -15    1 3 2        # 3: spine
+     1    100 -475    0    5 4 5        # 4: knees
+     2   -100 -475    0    5 4 5
+     3      0  235  -20    1 3 2        # 6: spine1
+     4     95 -885  -30    9 9 9        # 7: ankles
+     5    -95 -885  -30    9 9 9
+     6      0  300  -10    1 3 2        # 9: spine2
+     7    115 -945   85    9 9 9        # 10: toes
+     8   -115 -945   85    9 9 9
+     9      0  500  -35    8 8 8        # 12: neck
+     9     75  410  -25    1 3 2        # 13: collar bones
+     9    -75  410  -25    1 3 2
+    12      0  585    0    8 8 8        # 15: head
+    13    180  435  -30    6 7 7        # 16: shoulders
+    14   -180  435  -30    6 7 7
+    16    435  430  -40    6 7 7        # 18: elbows
+    17   -435  430  -40    6 7 7
+    18    685  435  -35    9 9 9        # 20: wrists
+    19   -685  435  -35    9 9 9
+    20    765  430  -30    9 9 9        # 22: fingers
+    21   -765  430  -30    9 9 9
+    """.splitlines())
+PARENT = JOINTS[:, 0].astype(int)
+T_POSE = JOINTS[:, 1:4] / 1000
+STRETCH = JOINTS[:, 4:].astype(int)     # 0 is the person's size
+TWIN = np.array(MIRROR[1:]) - 1         # the joint on the other side; a middle joint's is itself
+RIGHT = np.arange(24) > TWIN
+HIPS = [1, 2]
+SPINE = [3, 6, 9]
+KNEES = [4, 5]
+ANKLES = [7, 8]
+NECK = [12, 15]
+SHOULDERS = [16, 17]
+ELBOWS = [18, 19]
+HANDS = [20, 21, 22, 23]
+X, Y, Z = range(3)
+BOTH = 2                                # sexes in FLESH; SURREAL's 0 is female, 1 is male
+
+# Capsules of the middle and the left side; those at the left (x > 0) are mirrored to the right.
+# A capsule is all balls on the way from a to b, with radii on the way from a's to b's. Where a part
+# ends, SMPL decides, not anatomy: ends and radii were moved until the parts of standing people had
+# SURREAL's areas (within a factor of 1.2) and borders (within 0.02 of the height).
+FLESH = np.loadtxt("""
+# sex joint   end a: x y z     end b: x y z   radii a, b
+    2     0    46   92  -10     60  -72  -10   108  118     # hips
+    2     0    64  -60  -50     66  -70  -45   101  101
+    2     0     0    0   50      0  -75    5   100   85
+    0     0    80  -20  -10     90  -75  -10    96   96
+    2     3    64  116  -10     60  213  -10   101   99     # spine
+    2     3     0  116   -8      0  213   -8    96   95
+    2     6    56  233  -10     64  301  -10    99  103     # spine1
+    2     6     0  233   -8      0  301   -8    94   97
+    2     9    51  328  -12     60  398  -20    84  102     # spine2: chest
+    2     9     0  316  -10      0  465  -28   103   81
+    0     9    72  340   52     78  332   62    56   50
+    1     9    75  370   30     90  375   22    66   60
+    1     9    85  330  -40    110  400  -45    72   60
+    2    12     0  540  -42      0  577  -12    46   44     # neck
+    2    15     0  708  -29      0  714    5    83   77     # head: skull, jaw, nose, ear
+    2    15     0  664   22      0  590   67    73   47
+    2    15     0  684   93      0  657  110     8   14
+    2    15    76  655   -8     80  688  -14    12   17
+    2    13    89  425  -22    175  437  -30    81   48     # shoulder
+    2    13    60  490  -42    155  452  -35    34   30
+    2    16   235  432  -30    240  430  -30    36   35     # upper arm
+    2    16   240  431  -30    432  430  -40    45   38
+    2    18   440  430  -40    520  431  -38    41   41     # forearm
+    2    18   520  431  -38    652  435  -35    41   27
+    2    20   690  435  -46    755  430  -58    23   18     # hand: palm, thumb
+    2    20   690  434  -26    757  430  -14    23   18
+    2    20   705  425  -10    745  415   25    19   16
+    2    20   745  415   25    785  412   42    15   12
+    2    22   768  430  -66    818  424  -78    12    9     # fingers
+    2    22   772  431  -44    840  425  -50    13   10
+    2    22   772  431  -22    846  425  -21    13   10
+    2    22   768  430   -1    832  424   10    13   10
+    2     1    85  -87    0     98 -300    6   106   93     # upper leg
+    2     1    98 -300    6    100 -445    0    93   62
+    2     4   100 -490    0     98 -600  -16    51   50     # lower leg
+    2     4    98 -600  -16     95 -885  -30    50   35
+    2     7    95 -918  -35     95 -928  -58    28   26     # foot
+    2     7    97 -923  -20    106 -938   75    27   24
+    2     7   108 -956  -30    124 -944   83    18   19
+    2     7    92 -956    0     92 -944  100    17   19
+    2    10    91 -951  105     93 -955  145    20   15     # toes
+    2    10   108 -952  105    111 -957  142    15   12
+    2    10   123 -953   98    127 -958  130    14   11
+    2    10   137 -954   88    141 -959  112    13   10
+    """.splitlines())
+
+
+@dataclasses.dataclass
+class Body:
+    """A person in T-pose, in metres. Flesh is that of the average person, to be scaled."""
+    joint: np.ndarray       # (C,) int: the joint that a capsule is fixed to
+    ends: np.ndarray        # (C, 2, 3): centres of the balls at its ends
+    radii: np.ndarray       # (C, 2): radii of these balls
+    scale: np.ndarray       # (24, 3): how much larger the flesh of each joint is along x, y, z
 
 
 def body_model(sex, shape):
-    """Joint (C,) and geometry (C, 8) in metres of the capsules, the scales (24, 3) of each joint's
-    flesh along x, y, z, and the joints (24, 3) so scaled. Body shape: ten coefficients with a
-    meaning each. SURREAL: principal components of the people scanned for CAESAR."""
-    left = np.array([row.split() for row in f"{FLESH}, {BY_SEX[sex]}".split(",")], np.float32)
-    right = left[left[:, 1] > 0] * np.float32((1, -1, 1, 1, -1, 1, 1, 1, 1))
-    right[:, 0] += ~np.isin(right[:, 0], (0, 3, 6, 9, 12, 15))          # right comes after left
+    """The Body of a sex with ten coefficients of shape (10,), 0 for the average. SURREAL: principal
+    components of the people who were scanned for CAESAR. Here: size and nine proportions."""
+    left = FLESH[np.isin(FLESH[:, 0], (sex, BOTH))]
+    right = left[left[:, 2] > 0]                        # a copy, since a mask picks its rows
+    right[:, 1] = TWIN[right[:, 1].astype(int)]
+    right[:, [2, 5]] *= -1                              # x of both ends
     flesh = np.concatenate([left, right])
-    tall, fat, legs, arms, broad, muscle, head, hands, hips, deep = 1 + .03 * shape
-    scale = np.full((24, 3), tall * (.965, 1.01)[sex])
-    scale[[0, 3, 6, 9]] *= broad * fat ** 1.6, 1, deep * fat ** 2
-    scale[[0, 1, 2, 4, 5]] *= muscle * hips, legs, muscle * hips
-    scale[16:20] *= arms, fat * muscle, fat * muscle
-    scale[[12, 15]] *= head / tall ** .5
-    scale[20:] *= hands
-    joints = T_POSE.copy()
-    for j, parent in enumerate(PARENT):
-        joints[j] = joints[parent] + (T_POSE[j] - T_POSE[parent]) * scale[parent]
-    return flesh[:, 0].astype(int), flesh[:, 1:] / 1000, scale, joints
+    metres = flesh[:, 2:].astype(np.float32) / 1000
+    proportions = 1 + .05 * shape[STRETCH]
+    scale = proportions * (1 + .03 * shape[0])
+    return Body(
+        joint=flesh[:, 1].astype(int),
+        ends=metres[:, :6].reshape(-1, 2, 3),
+        radii=metres[:, 6:],
+        scale=scale)
 
 
-# Body pose. SURREAL: motion capture (CMU), fitted to SMPL by MoSh. Here: a movement between two key
-# poses, in degrees about the joints' axes, within limits, so that no joint bends the wrong way.
-BODIES = np.array((     # weight; swing, raise of both arms (0: any); the first twelve angles
-    (16, 0, 0, 0, 0, 3, 0, 0, 0, -2, 5, 5, -2, 5, 5),                   # standing
-    (26, 0, 0, 3, 0, 4, 8, 0, 0, -28, 3, 12, 14, 3, 30),                # walking
-    (8, 0, 0, 10, 0, 10, 12, 0, -8, -60, 3, 75, 12, 4, 50),             # running
-    (5, 0, 0, 0, 0, 0, 0, 0, 0, -3, 22, 3, -3, 22, 3),                  # legs apart
-    (3, 0, 0, -8, 0, 10, -8, 0, 5, -6, 4, 10, -82, 6, 20),              # kicking
-    (9, -55, -60, -4, 0, 10, 0, 0, 5, -88, 10, 85, -84, 10, 80),        # sitting
-    (2, -55, -60, -8, 0, 18, 0, 0, 8, -80, 48, 125, -80, 48, 125),      # sitting cross-legged
-    (6, -75, -30, 28, 0, 24, 0, 0, -12, -110, 16, 115, -106, 16, 110),  # crouching
-    (4, -80, -5, 40, 0, 38, 0, 0, 0, -48, 6, 20, -48, 8, 20),           # bent
-    (2, -75, 45, 65, 0, 60, 0, 0, 10, -85, 5, 25, -85, 7, 25),          # bent double
-    (2, -75, -5, 85, 0, 0, 0, 0, -25, -88, 6, 88, -70, 6, 78),          # on all fours
-    (2, -15, 45, 88, 0, -5, 0, 0, -20, 0, 12, 6, -5, 14, 40),           # lying on the front
-    (2, -55, -40, 0, 85, 14, 0, 0, 8, -45, 4, 65, -15, 8, 30),          # on a side
-    (2, 0, 0, -88, 0, 4, 0, 0, 8, -5, 8, 8, -45, 6, 75),                # on the back
-    (2, -20, 72, 178, 0, -4, 0, 0, -20, -8, 8, 10, -4, 8, 12)))         # standing on the hands
-# Angles of: root, spine, neck; hip and knee; shoulder (roll, swing, raise) and elbow.
-JOINT = (0, 0, 3, 3, 3, 12, 1, 1, 4, 2, 2, 5, 16, 16, 16, 18, 17, 17, 17, 19)
-AXIS = (0, 2, 0, 1, 2, 0, 0, 2, 0, 0, 2, 0, 0, 1, 2, 1, 0, 1, 2, 1)
-LOW = (-400, -400, -25, -40, -30, -40, *(-120, -12, 0) * 2, *(-90, -110, -85, -140) * 2)
-HIGH = (400, 400, 80, 40, 30, 40, *(25, 60, 140) * 2, *(70, 35, 82, 0) * 2)
+# 2. Body pose. SURREAL: motion capture (CMU), fitted to SMPL by MoSh. Here: a movement between two
+# key poses, in degrees about the axes of the joints, within limits so that no joint breaks.
+FREEDOMS = np.loadtxt("""
+# joint axis  lowest highest spread
+      0    0    -400     400      4     # pelvis: forwards, sideways
+      0    2    -400     400      4
+      3    0     -25      80      4     # spine: forwards, twisted, sideways
+      3    1     -40      40      4
+      3    2     -30      30      4
+     12    0     -40      40      4     # neck: forwards
+      1    0    -120      25      8     # left hip: forwards is negative; spread
+      1    2     -12      60      8
+      4    0       0     140      8     # left knee
+      2    0    -120      25      8     # the right leg, as if it were a left one
+      2    2     -12      60      8
+      5    0       0     140      8
+     16    0     -90      70      8     # left shoulder: rolled; forwards is negative; raised
+     16    1    -110      35      8
+     16    2     -85      82      8
+     18    1    -140       0      8     # left elbow
+     17    0     -90      70      8     # the right arm, as if it were a left one
+     17    1    -110      35      8
+     17    2     -85      82      8
+     19    1    -140       0      8
+    """.splitlines())
+POSES = np.loadtxt("""
+# percent; arms usually forwards, raised; then the first twelve FREEDOMS
+  20   -25 -72      0  0    3  0  0    0     -2  5   5     -2  5   5     # standing
+  26   -25 -72      3  0    4  8  0    0    -28  3  12     14  3  23     # walking
+   8   -25 -72     10  0   10 12  0   -8    -60  3  75     12  4  50     # running
+  10   -25 -72      0  0    0  0  0    0     -3 22   3     -3 22   3     # legs apart
+   3   -25 -72     -8  0   10 -8  0    5     -6  4  10    -82  6  20     # kicking
+   9   -55 -60     -4  0   10  0  0    5    -88 10  85    -84 10  80     # sitting
+   2   -55 -60     -8  0   18  0  0    8    -80 48 125    -80 48 125     # sitting cross-legged
+   6   -75 -30     28  0   24  0  0  -12   -110 16 115   -106 16 110     # crouching
+   4   -80  -5     40  0   38  0  0    0    -48  6  20    -48  8  20     # bent
+   2   -75  45     65  0   60  0  0   10    -85  5  25    -85  7  25     # bent double
+   2   -75  -5     85  0    0  0  0  -25    -88  6  88    -70  6  78     # on all fours
+   2   -15  45     88  0   -5  0  0  -20      0 12   6     -5 14  40     # lying on the front
+   2   -55 -40      0 85   14  0  0    8    -45  4  65    -15  8  30     # on a side
+   2   -25 -72    -88  0    4  0  0    8     -5  8   8    -45  6  75     # on the back
+   2   -20  72    178  0   -4  0  0  -20     -8  8  10     -4  8  12     # standing on the hands
+    """.splitlines())
+# How far an arm in any pose is rolled, forwards and raised, and its elbow bent: it may be before
+# the body, at the face or in the air.
+LOWEST_ARM = -80, -100, -70, -140
+HIGHEST_ARM = 50, 20, 75, 0
 
 
-def motion(rng, frames, joints):
-    """Local and global rotations (T, 24, 3, 3) and places (T, 24, 3) of the joints in a movement:
-    the first of eight draws whose arms keep off the body, or the last. joints: (24, 3), T-pose."""
-    time = np.linspace(rng.uniform(0, .5), rng.uniform(.5, 1), frames)[:, None]
-    for _ in range(8):
-        row, keys = rng.choice(len(BODIES), p=BODIES[:, 0] / BODIES[:, 0].sum()), []
-        for _ in range(2):                              # of two rows that are alike: neighbours
-            _, swing, lift, *angles = BODIES[row]
-            arms = rng.uniform((-80, -90, -60, -120), (20, 20, 78, 0), (2, 4))
-            arms[rng.random(2) < .6] = 0, -25, -72, -25                 # most hang
-            if lift:
-                arms[:] = 0, swing, lift, -20
-            keys.append(np.concatenate([angles, *arms]) + rng.normal(0, np.repeat((4, 8), (6, 14))))
-            row = np.clip(row + rng.integers(-1, 2), 0, len(BODIES) - 1)
-        angles = keys[0] + time * time * (3 - 2 * time) * (keys[1] - keys[0])
-        if rng.random() < .5:                           # the other leg first
-            angles = angles[:, np.r_[:6, 9:12, 6:9, 12:20]]
-            angles[:, [1, 3, 4]] *= -1
-        euler = np.zeros((frames, 24, 3))
-        euler[:, JOINT, AXIS] = np.clip(angles, LOW, HIGH)
-        euler[:, [3, 6, 9]] = euler[:, [3]] / 3         # the spine shares its bend
-        euler[:, [12, 15]] = euler[:, [12]] / 2
-        euler[:, 1:3, 1] = .6 * euler[:, 1:3, 2]        # legs that spread turn outwards
-        euler[:, 7:9, 0] = np.clip(-euler[:, :1, 0] - euler[:, 1:3, 0] - euler[:, 4:6, 0], -25, 40)
-        euler[:, [2, 17, 19], 1:] *= -1                 # right limbs mirror the left
-        jitter = rng.normal(0, 4, (24, 3)) * (.3, 2, 1)
-        jitter[[4, 5, 18, 19]] = 0                      # knees and elbows are hinges
-        jitter[22:, 2] = rng.uniform(0, 60, 2) * (-1, 1)                # fingers curl
-        euler += jitter
-        local, turn = np.zeros((2, frames, 24, 3, 3)) + np.eye(3)
-        place = np.tile(joints, (frames, 1, 1))
-        for j, parent in enumerate(PARENT):             # forward kinematics
-            order, axes = ("YZX", [1, 2, 0]) if j in (16, 17) else ("XZY", [0, 2, 1])
-            local[:, j] = Rotation.from_euler(order, euler[:, j, axes], degrees=True).as_matrix()
-            turn[:, j] = turn[:, parent] @ local[:, j]
-            place[:, j] = place[:, parent] + turn[:, parent] @ (joints[j] - joints[parent])
-        core = (place[:, (0, 3, 6, 9, 12, 15, 4, 5)] + place[:, (0, 3, 6, 9, 12, 15, 1, 2)]) / 2
-        if np.linalg.norm(place[:, 18:, None] - core[:, None], axis=3).min() > .15:
-            break                                       # arms keep off spine, head and thighs
+def key_pose(rng, row):
+    """A pose (24, 3) near a row of POSES: the degrees that each joint is turned about x, y and z of
+    its parent. Right limbs are drawn like left ones, with the same limits, and mirrored at the end:
+    in a mirror, a turn about x stays, and turns about y and z change their sign."""
+    _, forwards, raised, *others = POSES[row]
+    arms = np.tile((0, forwards, raised, -25), (2, 1))
+    for arm in arms:
+        if rng.random() < .45:
+            arm[:] = rng.uniform(LOWEST_ARM, HIGHEST_ARM)
+    joint, axis, lowest, highest, spread = FREEDOMS.T
+    angles = rng.normal([*others, *arms.ravel()], spread)
+    pose = np.zeros((24, 3))
+    pose[joint.astype(int), axis.astype(int)] = np.clip(angles, lowest, highest)
+    pose[SPINE] = pose[3] / 3                           # the joints of the spine share its bend
+    pose[NECK] = pose[12] / 2
+    pose[HIPS, Y] = .6 * pose[HIPS, Z]                  # legs that spread turn outwards
+    slope = pose[0, X] + pose[HIPS, X] + pose[KNEES, X]
+    pose[ANKLES, X] = np.clip(-slope, -25, 40)          # feet lie flat as far as they can
+    pose[HANDS, Z] = rng.uniform(-40, 0)                # fingers curl
+    pose[RIGHT] *= 1, -1, -1
+    return pose
+
+
+def movement(rng, frames):
+    """Poses (T, 24, 3) in degrees: part of the way from a key pose to one of the row before it."""
+    row = rng.choice(len(POSES), p=POSES[:, 0] / 100)
+    first = key_pose(rng, row)
+    last = key_pose(rng, max(row - 1, 0))
+    start, end = rng.uniform((0, .5), (.5, 1))
+    time = np.linspace(start, end, frames)
+    smoothstep = time * time * (3 - 2 * time)           # starts and ends at rest
+    poses = first + smoothstep[:, None, None] * (last - first)
+    if rng.random() < .5:                               # the other leg first
+        poses = poses[:, TWIN] * (1, -1, -1)
+    habit = rng.normal(0, (1.2, 8, 4), (24, 3))
+    habit[KNEES + ELBOWS] = 0                           # hinges
+    return poses + habit
+
+
+def rotations(degrees, order):
+    """Matrices (..., 3, 3) of turns (..., 3) about x, y, z. The last axis of `order` acts first."""
+    axes = ["XYZ".index(axis) for axis in order]
+    flat = degrees[..., axes].reshape(-1, 3)
+    matrices = Rotation.from_euler(order, flat, degrees=True).as_matrix()
+    return matrices.reshape(*degrees.shape, 3)
+
+
+def forward_kinematics(poses, scale):
+    """Carries the joints of the T-pose, with bones stretched by scale (24, 3), along with poses (T,
+    24, 3) in degrees. Returns the rotations of each joint against its parent and in the room, (T,
+    24, 3, 3) each, and the joints' places (T, 24, 3) in metres from the pelvis."""
+    # The twist about a bone has to act first: after a bend it would swing the bone around. In the
+    # T-pose upper arms lie along x, and the other bones about along y.
+    local = rotations(poses, "XZY")
+    local[:, SHOULDERS] = rotations(poses[:, SHOULDERS], "YZX")
+    turn = local.copy()
+    place = np.zeros(poses.shape)
+    for joint in range(1, 24):                          # parents come before their children
+        parent = PARENT[joint]
+        bone = (T_POSE[joint] - T_POSE[parent]) * scale[parent]
+        turn[:, joint] = turn[:, parent] @ local[:, joint]
+        place[:, joint] = place[:, parent] + turn[:, parent] @ bone
     return local, turn, place
 
 
-# Texture. SURREAL: texture maps of scanned people, a fifth in tight grey clothes (CAESAR), the rest
-# in their own. Here: a function of the place in the T-pose, so that patterns stick to the cloth.
-SKIN = np.array(((.94, .78, .68), (.78, .58, .45), (.62, .43, .32), (.33, .22, .16)))
+def motion(rng, frames, scale):
+    """forward_kinematics of a movement: the first of eight draws whose arms keep off the body, or
+    the last, because some poses leave no other choice."""
+    for _ in range(8):
+        local, turn, place = forward_kinematics(movement(rng, frames), scale)
+        arms = place[:, ELBOWS + HANDS, None]
+        core = place[:, None, [0, *SPINE, *NECK, *HIPS, *KNEES]]
+        distance = np.linalg.norm(arms - core, axis=-1)
+        if distance.min() > .15:                        # metres
+            break
+    return local, turn, place
+
+
+# 3. Texture. SURREAL: texture maps of scanned people, a fifth in tight grey clothes (CAESAR), the
+# rest in their own. Here: a function of the place in the T-pose, so that patterns stick to cloth.
+WAIST = .05                             # its height in the T-pose, in metres
+SKIN = np.array([
+    (.94, .78, .68),
+    (.78, .58, .45),
+    (.62, .43, .32),
+    (.33, .22, .16)])
 
 
 @functools.lru_cache(maxsize=1)
-def noise():
-    """Periodic pictures (8, 256, 256) float32 of 1/f noise, from rough to smooth."""
-    frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256))
-    frequency[0, 0] = np.inf
-    white = np.fft.fft2(np.random.default_rng(0).standard_normal((8, 256, 256)))
-    fields = np.fft.ifft2(white * frequency ** -np.linspace(.6, 2, 8)[:, None, None]).real
-    return (fields / fields.std((1, 2), keepdims=True)).astype(np.float32)
+def clouds():
+    """A picture (256, 256) float32 of noise with mean 0 and deviation 1. It is a sum of blobs from
+    one pixel to 30, because photographs have detail of all sizes."""
+    rng = np.random.default_rng(0)
+    total = 0
+    for size in (.5, 1, 2, 4, 8, 16):
+        white = rng.standard_normal((256, 256))
+        blobs = ndimage.gaussian_filter(white, size, mode="wrap")
+        total += blobs / blobs.std()
+    return np.float32(total / total.std())
 
 
-def any_colour(rng, still=None):
-    """A colour (3,), mostly muted; a fifth from `still`, so that colour tells nothing."""
-    if still is not None and rng.random() < .2:
-        return still[rng.integers(HEIGHT), rng.integers(WIDTH)] * rng.uniform(.7, 1.3)
-    warm, tint = rng.normal(0, rng.choice((.08, .3), p=(.65, .35)), (2, 3))
-    return np.clip(rng.beta(1.5, 1.6) * (1 + warm[0] * np.array((1, 0, -1)) + tint / 2), .03, .95)
+def noise(x, y):
+    """The noise at places x and y (...); after 256 it is the same again."""
+    return clouds()[y.astype(int) & 255, x.astype(int) & 255]
 
 
-def dress(rng, sex, still):
-    """Draws skin, hair and clothes of a person in front of `still`. Returns the function
-    texture(x, joint) -> colours (N, 3), wrinkles (N,), of places x (N, 3) of the T-pose."""
-    def fabric():                                       # colours; axis, pitch, limit of a pattern
-        wave, limit = rng.permutation(np.eye(3))[0], rng.choice((9, rng.uniform(-.4, .9)))
-        return any_colour(rng, still), any_colour(rng, still), wave, rng.uniform(70, 300), limit
-
-    shirt, trousers, shoes, shift = fabric(), fabric(), fabric(), rng.integers(256, size=(2, 1))
-    grey, long, tone = rng.uniform(.3, .7), rng.random() < (.5, .05)[sex], 3 * rng.random() ** 1.5
-    skin = np.array([np.interp(tone, range(4), channel) for channel in SKIN.T])
-    hair = rng.uniform(.1, 1.3) * rng.choice(((.5, .36, .24), (.45, .42, .4), skin), p=(.8, .1, .1))
-    sleeve, hem, shoe_top = (rng.choice(lengths) for lengths in (
-        (.19, .27, .27, .34, .67), (-.24, -.44, -.90, -.90), (-9, -.895, -.87, -.76)))
-    neckline, bottom, waist, hairline, rough = rng.uniform(
-        (.46, -.14, .02, .72, .08), (.54, .03, .09, .745, .3))
-    if rng.random() < .2:                               # as scanned for CAESAR
-        shirt = trousers = (np.full(3, grey), *shirt[1:4], 9)
-        sleeve, hem, shoe_top, neckline, bottom = (.17, -1)[sex], -.25, -9, .44, .26
-
-    def texture(x, joint):
-        across, up, front = np.abs(x[:, 0]), x[:, 1], x[:, 2]
-        row, column = ((np.stack([up, x[:, 0] + front]) / .006).astype(int) + shift) & 255
-        uneven, cut = noise()[5, row, column], .006 * noise()[2, row, column]
-        legs = np.isin(joint, (0, 1, 2, 3, 4, 5, 7, 8)) & (up < waist) & (up > hem + cut)
-        torso = np.isin(joint, (0, 3, 6, 9, 13, 14)) & (up > bottom + cut)
-        top = (torso | (joint > 15) & (joint < 20)) & (across < sleeve + cut)
-        top &= (up + across < neckline) | (front < -.02) | (across > .09)
-        feet = np.isin(joint, (4, 5, 7, 8, 10, 11)) & (up < shoe_top) & ~legs
-        head = joint == 15
-        scalp = (up > hairline + cut - np.clip(.045 - front, 0, .2)) & (up > .645 + cut)
-        scalp |= long & (up > .52) & (front < .02) & ((front < -.05) | (across > .05))
-        scalp &= (head | long & (joint == 12)) & ((up > .70) | (across < .078) | (front < -.035))
-        colour = skin * (1 + .05 * uneven[:, None])
-        for cx, cy, width, height, paint in (           # eyes, brows, mouth
-                (.032, .681, .009, .008, .2 * skin), (.034, .701, .019, .005, .7 * hair),
-                (0, .628, .025, .008, skin * (.8, .5, .5))):
-            spot = ((across - cx) / width) ** 2 + ((up - cy) / height) ** 2 < 1
-            colour[head & (front > .03) & spot] = paint
-        for where, (first, second, wave, pitch, limit) in (
-                (legs, trousers), (top, shirt), (feet, shoes)):         # plain, stripes or blotches
-            pattern = np.sin(pitch * x[where, :2]) @ wave[:2] + wave[2] * uneven[where] > limit
-            colour[where] = np.where(pattern[:, None], second, first)
-            colour[where] *= 1 + .12 * uneven[where, None]
-        colour[top & ((torso & (up < bottom + .015 + cut)) | (across > sleeve - .015 + cut))] *= .75
-        colour[scalp] = hair * (1 + 40 * cut[scalp, None])
-        return np.clip(colour, .01, 1), np.where(legs | top | feet, rough, .04)
-    return texture
+def any_colour(rng, samples):
+    """A colour (3,), mostly muted. A fifth are of `samples` (M, 3): skin for things, and the
+    background for clothes, so that colour alone does not tell people from rooms."""
+    if rng.random() < .2:
+        return rng.choice(samples)
+    tint = rng.normal(1, rng.uniform(0, .3), 3)
+    return np.clip(rng.beta(1.5, 1.6) * tint, .03, .95)
 
 
-# Camera. As in SURREAL, it looks at the pelvis from a random distance and yaw, and its matrix has
-# determinant -1, so pictures are mirrored. y points down; the camera, at +x, looks along -x.
+def fabric(rng, samples):
+    """Two colours, the second in stripes, in a grid or, with a limit of 9, nowhere."""
+    return dict(
+        first=any_colour(rng, samples),
+        second=any_colour(rng, samples),
+        pitch=rng.normal(0, 70, 3) * rng.integers(2, size=3),           # radians a metre
+        limit=rng.choice((9, rng.uniform(.1, .9))))
+
+
+def fabric_colour(cloth, place, uneven):
+    """Colours (N, 3) of a fabric at places (N, 3) in metres, with noise `uneven` (N,)."""
+    stripes = np.sin(place * cloth["pitch"])            # across x, y and z
+    pattern = stripes.max(axis=1) + .2 * uneven
+    second = pattern > cloth["limit"]
+    colour = np.where(second[:, None], cloth["second"], cloth["first"])
+    return colour * (1 + .1 * uneven[:, None])
+
+
+def dress(rng, still):
+    """Draws skin, hair and clothes of a person before `still`. Heights and lengths are metres in
+    the T-pose: a sleeve ends `sleeve` from the middle, trousers begin at the height `hem`."""
+    skin = rng.choice(SKIN) * rng.uniform(.8, 1.05)
+    pigment = rng.choice([
+        (.5, .36, .24),
+        (.45, .42, .4),
+        skin])
+    around = still.reshape(-1, 3)
+    look = dict(
+        skin=skin,
+        hair=rng.uniform(.1, 1.3) * pigment,
+        hair_front=rng.choice((-9, -.03)),              # -9: short hair
+        shirt=fabric(rng, around),
+        trousers=fabric(rng, around),
+        shoes=fabric(rng, around),
+        neckline=rng.uniform(.40, .50),
+        sleeve=rng.choice((.19, .27, .27, .34, .67)),
+        bottom=.03 - rng.exponential(.1),               # most end at the hips, some are coats
+        hem=rng.choice((-.24, -.44, -.90, -.90)),
+        shoe_top=rng.choice((-9, -.895, -.87, -.76)),   # -9: barefoot
+        shift=rng.uniform(0, 9, 3))                     # or else the noise would tell the part
+    if rng.random() < .2:                               # as they were scanned for CAESAR
+        grey = dict(look["shirt"], first=np.full(3, rng.uniform(.3, .7)), limit=9)
+        look.update(
+            shirt=grey,
+            trousers=grey,
+            sleeve=.17,
+            bottom=.26,
+            hem=-.25,
+            shoe_top=-9)
+    return look
+
+
+def texture(look, rest):
+    """Colours (N, 3) of a dressed person at places `rest` (N, 3) of the T-pose."""
+    side, up, front = rest.T
+    across = np.abs(side)
+    x, y, z = ((rest + look["shift"]) / .006).T
+    uneven = noise(x + z, y)
+    edge = .006 * noise(5 * y, 5 * x)                   # no cloth ends in a straight line
+
+    shirt = (up > look["bottom"] + edge) & (across < look["sleeve"] + edge)
+    shirt &= up - across < look["neckline"]
+    trousers = (up > look["hem"] + edge) & (up < WAIST)
+    shoes = up < look["shoe_top"] + edge
+    hairline = .72 - np.clip(.045 - front, 0, .1)       # lower at the back
+    hair = up > hairline + edge
+    hair |= (up > .52) & (front < look["hair_front"])
+
+    colour = look["skin"] * (1 + .05 * uneven[:, None])
+    eyes = (np.hypot(across - .033, up - .69) < .015) & (front > .03)
+    colour[eyes] *= .3
+    for name, worn in (("shoes", shoes), ("trousers", trousers), ("shirt", shirt)):
+        colour[worn] = fabric_colour(look[name], rest[worn], uneven[worn])
+    colour[hair] = look["hair"]
+    return colour
+
+
+# 4. Camera. As in SURREAL, it looks at the pelvis from a random distance and side, and its matrix
+# has determinant -1, so pictures are mirrored. y points down; the camera, at +x, looks along -x.
 def project(points, camera):
-    """World points (..., 3) to x, y in pixels and depth in metres (..., 3)."""
-    x, y, z = np.moveaxis(points - camera, -1, 0)
-    return np.stack([WIDTH / 2 + FOCAL * z / x, HEIGHT / 2 - FOCAL * y / x, -x], -1)
+    """World points (..., 3) to x and y in pixels and depth in metres (..., 3)."""
+    x, y, z = (points - camera).T
+    depth = -x
+    column = WIDTH / 2 - FOCAL * z / depth
+    row = HEIGHT / 2 + FOCAL * y / depth
+    return np.stack([column, row, depth]).T
 
 
-@np.errstate(invalid="ignore", divide="ignore")         # of the lines that miss
-def draw_body(joint, capsules, scale, turn, place, camera):
-    """Draws capsules (C, 8) on joint (C,) into a z-buffer of twice the resolution, each in its
-    joint's T-pose, where it stands still: the lines of sight are moved instead. turn (24, 3, 3) and
-    place (24, 3) are the joints' in the world. Returns the body's sub-pixels: index in (480, 640),
-    depth and joint (N,), normal in the world and place in the T-pose (N, 3)."""
-    grid = np.arange(480 * 640).reshape(480, 640)
-    depth, owner = np.full(grid.size, np.inf, np.float32), np.zeros(grid.size, int)
-    normal, rest = np.zeros((2, grid.size, 3), np.float32)
-    inverse = (turn.swapaxes(1, 2) / scale[:, :, None]).astype(np.float32)      # world to T-pose
-    eyes = ((inverse @ (camera - place)[..., None])[..., 0] + T_POSE).astype(np.float32)
-    ends = (capsules[:, :6].reshape(-1, 2, 3) - T_POSE[joint, None]) * scale[joint, None]
-    ends = project(ends @ turn[joint].swapaxes(1, 2) + place[joint, None], camera)      # (C, 2, 3)
-    reach = 1.05 * FOCAL * capsules[:, 6:].max(1) * scale[joint].max(1) / ends[..., 2].min(1)
-    corners = ends[..., :2].min(1) - reach[:, None], ends[..., :2].max(1) + reach[:, None] + .5
-    boxes = np.clip(2 * np.concatenate(corners, 1), 0, (640, 480, 640, 480)).astype(int)
-    for j, (x0, y0, x1, y1), (*ends, ra, rb) in zip(joint, boxes, capsules):
-        a, b, eye = np.float32(ends[:3]), np.float32(ends[3:]), eyes[j]
-        x = (np.arange(x0, x1, dtype=np.float32)[:, None] + .5 - 320) / (2 * FOCAL)
-        y = (np.arange(y0, y1, dtype=np.float32)[:, None, None] + .5 - 240) / (2 * FOCAL)
-        sight = (y * inverse[j][:, 1] - x * inverse[j][:, 2] - inverse[j][:, 0]).reshape(-1, 3)
-        # Where lines eye + t sight (N, 3) first meet two balls and the cone around both: t (N,) or
-        # nan, and `along` the axis, 0 to 1. After Inigo Quilez' rounded cone.
-        axis, taper, oa, ob = b - a, ra - rb, eye - a, eye - b
-        length, slope = axis @ axis, axis @ oa
-        flank, m2, m3, dd = length - taper ** 2, sight @ axis, sight @ oa, (sight * sight).sum(1)
-        k2 = flank * dd - m2 * m2
-        k1 = flank * m3 - m2 * (slope - taper * ra)
-        k0 = flank * (oa @ oa) - slope * slope + (2 * slope * taper - length * ra) * ra
-        t = (-k1 - np.sqrt(k1 * k1 - k0 * k2)) / k2
-        along = (slope - ra * taper + t * m2) / flank
-        t[~((k2 > 0) & (along > 0) & (along < 1))] = np.nan             # only between the balls
-        for towards, end, radius in ((m3, oa, ra), (m3 - m2, ob, rb)):
-            t = np.fmin(t, (-towards - np.sqrt(towards ** 2 - dd * (end @ end - radius ** 2))) / dd)
-        along = np.clip((slope - ra * taper + t * m2) / flank, 0, 1)
-        pixel = grid[y0:y1, x0:x1].ravel()
-        near = np.flatnonzero(t < depth[pixel] + .02)
-        pixel, t, hit = pixel[near], t[near], eye + t[near, None] * sight[near]
-        outward = (hit - a - along[near, None] * axis) @ inverse[j]
-        outward /= np.linalg.norm(outward, axis=1, keepdims=True)
-        # Where two surfaces are within 2 cm, their normals melt into each other.
-        share = np.clip(.5 + (depth[pixel] - t) / .04, 0, 1)[:, None]
-        normal[pixel] += share * (outward - normal[pixel])
-        nearer = t < depth[pixel]
-        pixel = pixel[nearer]
-        depth[pixel], owner[pixel], rest[pixel] = t[nearer], j, hit[nearer]
-    index = np.flatnonzero(depth < np.inf)
-    return index, depth[index], owner[index], normal[index], rest[index]
+@functools.lru_cache(maxsize=1)
+def lines_of_sight():
+    """Directions (2 HEIGHT, 2 WIDTH, 3) float32 in the world through the centres of sub-pixels, two
+    to a pixel's side: (-1, y, z), the points one metre deep that project() maps there. So the point
+    camera + t direction has the depth t."""
+    row, column = (np.mgrid[:2 * HEIGHT, :2 * WIDTH] + .5) / 2
+    y = (row - HEIGHT / 2) / FOCAL
+    z = (WIDTH / 2 - column) / FOCAL
+    return np.stack([-np.ones_like(y), y, z], axis=-1).astype(np.float32)
 
 
-# Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one over
-# another, whose sizes have a photograph's statistics: "dead leaves" (Lee, Mumford & Huang 2001).
+# 5. Ground truth. SURREAL: further passes of Blender. Here: a z-buffer.
+def first_root(k2, k1, k0):
+    """The smaller root of k2 t^2 + 2 k1 t + k0 = 0 for k2 > 0, where a line enters; or else nan."""
+    return (-k1 - np.sqrt(k1 * k1 - k2 * k0)) / k2
+
+
+@np.errstate(invalid="ignore", divide="ignore")          # of lines that miss
+def hit_capsule(origin, direction, a, b, ra, rb):
+    """Where lines first meet two balls and the cone that touches both.
+
+    Lines are origin (3,) + t direction (..., 3), balls are at a and b (3,) with radii ra and rb.
+    Returns t (...), nan for lines that miss, and the place along the axis, 0 at a to 1 at b, of the
+    ball whose surface is met.
+
+    A capsule is every ball at a + s (b - a) with radius ra - s (ra - rb). With q = point - a,
+    axis = b - a, taper = ra - rb, the ball at s has its surface where
+        |q - s axis|^2 = (ra - s taper)^2.
+    The cone is what these surfaces envelop, where the derivative with respect to s is 0 too:
+        s = (q . axis - ra taper) / flank    with    flank = |axis|^2 - taper^2.
+    Put into the first equation this leaves flank (q . q - ra^2) = (q . axis - ra taper)^2. Along a
+    line q = q0 + t direction, which gives k2 t^2 + 2 k1 t + k0 = 0 with
+        k2 = flank |direction|^2 - rise^2               rise = direction . axis
+        k1 = flank (direction . q0) - rise start        start = q0 . axis - ra taper
+        k0 = flank (q0 . q0 - ra^2) - start^2
+    A ball is the same without an axis: k2 = |direction|^2, k1 = direction . q0, k0 = q0 . q0 - r^2.
+    """
+    axis = b - a
+    taper = ra - rb
+    flank = axis @ axis - taper ** 2
+    from_a = origin - a                                 # q0 above
+    from_b = origin - b
+    square = np.einsum("...i,...i", direction, direction)
+    towards_a = direction @ from_a
+    rise = direction @ axis
+    start = from_a @ axis - ra * taper
+    outside_a = from_a @ from_a - ra ** 2
+    outside_b = from_b @ from_b - rb ** 2
+
+    k2 = flank * square - rise ** 2
+    k1 = flank * towards_a - rise * start
+    k0 = flank * outside_a - start ** 2
+    cone = first_root(k2, k1, k0)
+    along = (start + cone * rise) / flank
+    # Beside the balls' centres the cone ends, and the balls close it. A line within the opening of
+    # the cone, k2 < 0, meets a ball as well, which is near enough.
+    cone[(k2 <= 0) | (along < 0) | (along > 1)] = np.nan
+    ball_a = first_root(square, towards_a, outside_a)
+    ball_b = first_root(square, direction @ from_b, outside_b)
+    t = np.fmin(cone, np.fmin(ball_a, ball_b))          # fmin passes over nan
+    along = (start + t * rise) / flank
+    return t, along.clip(0, 1)
+
+
+def capsule_box(ends, radius, camera):
+    """Slices of rows and columns of sub-pixels that hold a capsule, whose ends (2, 3) and larger
+    radius are given in the world. Only there its lines are tried: 50 times fewer than in all."""
+    *centres, depth = project(ends, camera).T           # centres: x and y of both ends
+    reach = 1.05 * FOCAL * radius / depth.min()         # a ball far from the middle looks larger
+    low = 2 * (np.min(centres, axis=1) - reach)
+    high = 2 * (np.max(centres, axis=1) + reach) + 1
+    (left, top), (right, bottom) = np.maximum([low, high], 0).astype(int)
+    return slice(top, bottom), slice(left, right)
+
+
+def to_rest(body, turn, place, camera):
+    """What leads from the world to the T-pose, where the flesh of each joint stands still: matrices
+    (24, 3, 3) that undo the joint's turn and the person's proportions, and the place of the camera
+    there (24, 3)."""
+    undo = turn.swapaxes(1, 2) / body.scale[:, :, None]
+    eye = T_POSE + (undo @ (camera - place)[..., None])[..., 0]
+    return undo.astype(np.float32), eye.astype(np.float32)
+
+
+def z_buffer(body, turn, place, camera):
+    """For each sub-pixel (2 HEIGHT, 2 WIDTH) the depth in metres of the nearest capsule, infinite
+    where none is, its number, and the place along its axis, 0 to 1."""
+    undo, eye = to_rest(body, turn, place, camera)
+    sight = lines_of_sight()
+    depth = np.full(sight.shape[:2], np.inf, np.float32)
+    along = np.zeros_like(depth)
+    owner = np.zeros(depth.shape, int)
+    for number, joint in enumerate(body.joint):
+        ends = body.ends[number]
+        radii = body.radii[number]
+        scale = body.scale[joint]
+        offset = (ends - T_POSE[joint]) * scale
+        ends_in_world = place[joint] + offset @ turn[joint].T
+        radius = radii.max() * scale.max()
+        box = capsule_box(ends_in_world, radius, camera)
+        direction = sight[box] @ undo[joint].T
+        t, s = hit_capsule(eye[joint], direction, *ends, *radii)
+        nearer = t < depth[box]                         # False for nan
+        depth[box][nearer] = t[nearer]
+        along[box][nearer] = s[nearer]
+        owner[box][nearer] = number
+    return depth, owner, along
+
+
+def draw_body(body, turn, place, camera):
+    """Draws a body whose joints are turned by turn (24, 3, 3) and at place (24, 3) in the world.
+    Returns a dict of what the N sub-pixels with flesh show: pixel (N,), its number in 240 x 320;
+    depth (N,) in metres; joint (N,); normal (N, 3), of any length, in the world; and rest (N, 3),
+    the place in the T-pose of the average person."""
+    depth, owner, along = z_buffer(body, turn, place, camera)
+    undo, eye = to_rest(body, turn, place, camera)
+    # Only what won a sub-pixel is worked out: the rest of a capsule's surface is never seen.
+    flesh = depth < np.inf
+    number = owner[flesh]
+    joint = body.joint[number]
+    # Each sub-pixel n has the matrix of its own joint, its transpose for normals: "nij,ni->nj".
+    direction = np.einsum("nij,nj->ni", undo[joint], lines_of_sight()[flesh])
+    rest = eye[joint] + depth[flesh, None] * direction
+    a, b = body.ends[number].swapaxes(0, 1)
+    outward = rest - a - along[flesh, None] * (b - a)
+    row, column = np.nonzero(flesh)
+    return dict(
+        pixel=row // 2 * WIDTH + column // 2,
+        depth=depth[flesh],
+        joint=joint,
+        normal=np.einsum("nij,ni->nj", undo[joint], outward),
+        rest=rest)
+
+
+def coverage(flesh):
+    """How much of each pixel (240, 320) a drawn body covers, 0 to 1: a quarter a sub-pixel."""
+    count = np.bincount(flesh["pixel"], minlength=HEIGHT * WIDTH)
+    return count.reshape(HEIGHT, WIDTH) / 4
+
+
+def label_image(flesh):
+    """The labels (240, 320) uint8 of a drawn body: joint + 1 of the nearest of a pixel's four
+    sub-pixels, where two of them are flesh. As in SURREAL, spots of chest and pelvis say head."""
+    side, up, _ = flesh["rest"].T
+    spots = np.sin(45 * side + 1) * np.sin(38 * up) > .95
+    stray = np.isin(flesh["joint"], (0, 9)) & spots
+    label = np.where(stray, HEAD, flesh["joint"] + 1)
+    nearest_last = np.argsort(-flesh["depth"])
+    pixel = flesh["pixel"][nearest_last]
+    labels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    labels.flat[pixel] = label[nearest_last]
+    labels[coverage(flesh) < .5] = 0
+    return labels
+
+
+# 6. Light. As in SURREAL, nine coefficients of spherical harmonics.
+def shade(normal, light):
+    """How much light (9,) arrives (N,) at surfaces with normals (N, 3) of any length. The terms are
+    those of Ramamoorthi & Hanrahan, "An efficient representation for irradiance environment maps"
+    (2001), equation 13; their constants are left to the coefficients, which are drawn at random."""
+    length = np.linalg.norm(normal, axis=1)
+    x, y, z = normal.T / length
+    terms = [
+        np.ones_like(x),
+        y,
+        z,
+        x,
+        x * y,
+        y * z,
+        z * z - 1 / 3,
+        x * z,
+        x * x - y * y]
+    return np.maximum(light @ terms, .02)
+
+
+def sum_pixels(flesh, values):
+    """An image (240, 320, 3): values (N, 3), summed over the sub-pixels of each pixel."""
+    sums = [np.bincount(flesh["pixel"], value, HEIGHT * WIDTH) for value in values.T]
+    return np.float32(sums).T.reshape(HEIGHT, WIDTH, 3)
+
+
+def paint(still, look, light, flesh):
+    """The image (240, 320, 3) of a drawn body in the clothes `look` before the picture `still`."""
+    # Without smooth normals, creases between the capsules would show where a part ends.
+    normals = sum_pixels(flesh, flesh["normal"])
+    normals = ndimage.gaussian_filter(normals, (1.5, 1.5, 0), truncate=2)
+    normals = normals.reshape(-1, 3)[flesh["pixel"]]
+    shaded = shade(normals, light)[:, None]
+    # A display shows about the square of a pixel's value, hence the root.
+    colour = texture(look, flesh["rest"]) * np.sqrt(shaded)
+    behind = np.float32(1 - coverage(flesh)[..., None])
+    return still * behind + sum_pixels(flesh, colour) / 4
+
+
+# 7. Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one
+# over another, large ones first: "dead leaves", which have the statistics of photographs (Lee,
+# Mumford & Huang 2001). Places in the plane are complex numbers, x + i y: a product turns them.
+def draw_shape(rng, canvas, number, length):
+    """Draws a rectangle or an ellipse, 2 `length` pixels long, on a canvas: `number` in each of its
+    pixels. Returns its centre, its direction (a number of size 1), and half its width."""
+    centre = rng.uniform(0, WIDTH) + 1j * rng.uniform(0, HEIGHT)
+    angle = rng.choice((0, np.pi / 2, rng.uniform(0, np.pi)))
+    turn = np.exp(1j * angle)
+    half = length * rng.uniform(.1, 1)
+    count = rng.choice((4, 4, 16))                      # of corners
+    outline = np.exp(2j * np.pi * (np.arange(count) + .5) / count)
+    stretched = length * outline.real + 1j * half * outline.imag
+    corners = centre + turn * stretched
+    canvas.polygon(corners.view(float).tolist(), fill=number)
+    return centre, turn, half
+
+
+def shape_colour(rng, place, half):
+    """Colours (N, 3) of a shape at places (N,) from its centre: along it, plus i times across.
+    Shapes have the fabrics of clothes and some have dark sides like limbs, so that neither tells
+    people from things."""
+    metres = np.stack([place.real, place.imag, 0 * place.real], axis=1) / 100
+    uneven = noise(place.real, place.imag)
+    colour = fabric_colour(fabric(rng, SKIN), metres, uneven)
+    dark = rng.choice((0, .6)) * (place.imag / half) ** 2
+    light = rng.uniform(.3, 1.6) * (1 - dark)
+    return colour * light[:, None]
+
+
 def background(rng, path):
-    """A still picture (240, 320, 3) float32 in 0..1, of the file `path` or, if None, made up."""
+    """A still picture (240, 320, 3) float32 in 0..1: of the file `path` or, if None, made up."""
     if path:
-        picture = ImageOps.fit(Image.open(path).convert("RGB"), (WIDTH, HEIGHT))
+        picture = Image.open(path).convert("RGB")
+        picture = ImageOps.fit(picture, (WIDTH, HEIGHT))
         return np.asarray(picture, np.float32) / 255
-    # 1. count (S) shapes, large first. Some recede to a vanishing point; others lie, stand or lean.
-    width, count = int(WIDTH * rng.uniform(.8, 1.25)), int(np.exp(rng.uniform(2.5, 5)))
-    frame = np.array((width, width * 3 // 4))           # enlarged it gets soft, reduced sharp
-    size = np.sort(np.exp(-rng.uniform(0, 3.6, count)))[::-1] * width / 2
-    size[:4] *= 5                                       # walls and floor
-    centre, vanish = rng.uniform(-.05, 1.05, (count, 2)) * frame, rng.uniform(.1, .9, 2) * frame
-    recede, kind = np.arctan2(*(vanish - centre).T[::-1]), rng.integers(4, size=count)
-    angle = np.choose(kind, (recede, 0, np.pi / 2, rng.uniform(0, 7, count)))
-    long, wide, circle = (np.stack([np.cos(v), np.sin(v)], 1) for v in (
-        angle, angle * (kind > 0) + np.pi / 2, np.arange(16) * np.pi / 8 + .1))
-    half = size * rng.uniform(.1, 1, count)
-    # 2. Draw their numbers one over another: index (H, W) is the shape that a pixel shows.
-    index = Image.new("I", tuple(frame.tolist()))
-    for k in range(count):                              # a rectangle, an ellipse, or in between
-        outline = np.sign(circle) * np.abs(circle) ** rng.choice((.01, .5, 1), p=(.6, .1, .3))
-        corners = centre[k] + outline @ np.stack([size[k] * long[k], half[k] * wide[k]])
-        ImageDraw.Draw(index).polygon(corners.ravel().tolist(), fill=k)
-    index = np.asarray(index)
-    # 3. A shape's looks: two colours in stripes or tiles, 1/f noise, light with a gradient.
-    palette = np.float32([any_colour(rng) for _ in range(count // 4 + 4)] + list(SKIN))
-    first, second = palette[rng.integers(np.where(rng.random((2, count)) < .5, 5, len(palette)))]
-    period = rng.choice((4, 12, 40, 9e9), (2, count)) * rng.uniform(.6, 1.6, (2, count))
-    tile, contrast = rng.random(256), rng.choice((0, .1, .4, 1), count)
-    stretch = rng.uniform(.3, 2, count) * rng.choice((.1, 1, 1, 3), (2, count))
-    bright = np.where(rng.random(count) < .04, 2.5, rng.uniform(.5, 1.3, count))    # a few lamps
-    slope, rough = rng.normal(0, .6 / width, (count, 2)), rng.uniform(.02, .3, count)
-    rim = rng.choice((0, .7), count)                    # darker there, as if round
-    # 4. From shapes (S,) to pixels (H, W): u along and v across the shape, from its centre.
-    y, x = np.mgrid[:frame[1], :width].astype(np.float32)
-    axes = np.stack([long, long[:, ::-1] * (-1, 1), slope])                 # (3, S, 2)
-    u, v, ramp = (axis[index, 0] * x + axis[index, 1] * y - start[index] for axis, start in zip(
-        np.float32(axes), np.float32((axes * centre).sum(2))))
-    period_u, period_v, stretch_u, stretch_v, contrast, bright, rough, rim, half = np.float32(
-        [*period, *stretch, contrast, bright, rough, rim, half])[:, index]
-    cell = ((u // period_u * 7 + v // period_v * 13).astype(int) + index) & 255
-    share = (tile[cell] * contrast)[..., None]          # of the second colour
-    row, column = np.stack([u * stretch_u, v * stretch_v]).astype(int) & 255
-    light = bright * np.exp(ramp) * (1 + rough * noise()[index & 7, row, column])
-    light *= 1 - rim * np.minimum((v / half) ** 2, 1)
-    image = (first[index] * (1 - share) + second[index] * share) * light[..., None]
-    image *= rng.uniform(.12, .75) * rng.normal((1.1, 1, .9), .1) / image.mean()
-    image = 255 * (1 - np.exp(-1.6 * image.clip(0))) ** .8              # film: highlights roll off
-    picture = Image.fromarray(image.astype(np.uint8)).resize((WIDTH, HEIGHT), Image.BICUBIC)
-    return np.asarray(picture, np.float32) / 255
+    count = rng.integers(12, 120)
+    lengths = np.sort(np.exp(rng.uniform(1.5, 5, count)))[::-1]         # large ones first
+    lengths[:4] *= 5                                    # walls and floor
+    picture = Image.new("I", (WIDTH, HEIGHT))
+    canvas = ImageDraw.Draw(picture)
+    shapes = [draw_shape(rng, canvas, *shape) for shape in enumerate(lengths)]
+    shown = np.ravel(picture)
+    image = np.zeros((HEIGHT * WIDTH, 3), np.float32)
+    for number, (centre, turn, half) in enumerate(shapes):
+        pixel = np.flatnonzero(shown == number)
+        y, x = np.divmod(pixel, WIDTH)
+        place = (x + 1j * y - centre) / turn
+        image[pixel] = shape_colour(rng, place, half)
+    image *= rng.normal((1.1, 1, .9), .1)
+    exposure = rng.uniform(.15, 1.3) / image.mean()
+    image = 1 - np.exp(-exposure * image.clip(0))       # as on film, bright light saturates late
+    return image.reshape(HEIGHT, WIDTH, 3)
 
 
-# Light and ground truth. SURREAL: Blender, and its further passes. Here: the z-buffer.
-def paint(still, texture, light, index, depth, joint, normal, x):
-    """The image (240, 320, 3) float32 of a drawn body before `still`, and its labels (240, 320)
-    uint8: joint + 1 of the nearest of a pixel's four sub-pixels, where two of them are body. As in
-    SURREAL, there are stray spots of head on chest and pelvis."""
-    row, column = ((x[:, [1, 0]] + x[:, [2, 2]]) / .005).astype(int).T & 255
-    colour, wrinkles = texture(x, joint)
-    normal = normal + wrinkles[:, None] * noise()[4:7, row, column].T
-    # As in SURREAL, light is nine coefficients of spherical harmonics (1; y, z, x; xy, yz, zz, xz,
-    # xx - yy), and what arrives is equation 13 of Ramamoorthi & Hanrahan (2001).
-    nx, ny, nz = (normal / np.linalg.norm(normal, axis=1, keepdims=True)).T
-    shade = np.maximum(light @ np.stack((
-        .886 * np.ones_like(nx), 1.023 * ny, 1.023 * nz, 1.023 * nx, .858 * nx * ny, .858 * ny * nz,
-        .743 * nz * nz - .248, .858 * nx * nz, .429 * (nx * nx - ny * ny))), .02)
-    colour = np.sqrt(np.minimum(colour ** 2 * shade[:, None], 1))       # about a display's gamma
-    stray = np.isin(joint, (0, 9)) & (np.sin(45 * x[:, 0] + 1) * np.sin(38 * x[:, 1]) > .95)
-    pixel = index // 640 // 2 * WIDTH + index % 640 // 2
-    cover = np.bincount(pixel, minlength=HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) / 4
-    image = (still * (1 - cover[..., None])).astype(np.float32)
-    for channel in range(3):
-        image[..., channel].flat += np.bincount(pixel, colour[:, channel] / 4, HEIGHT * WIDTH)
-    labels, order = np.zeros((HEIGHT, WIDTH), np.uint8), np.argsort(-depth)
-    labels.flat[pixel[order]] = np.where(stray, HEAD, joint + 1)[order]         # the nearest last
-    labels[cover < .5] = 0
-    return image, labels
+# 8. A clip.
+def scene(rng, frames):
+    """A person who moves before a camera: a dict of shape (10,) and Body, local and turn (T, 24, 3,
+    3) and place (T, 24, 3) as of forward_kinematics, but in the world of the camera, and the
+    camera's place (3,), in metres from the pelvis."""
+    sex = rng.integers(2)
+    shape = rng.uniform(-2, 2, 10)
+    body = body_model(sex, shape)
+    local, turn, place = motion(rng, frames, body.scale)
+    # Any side, and then upside down, because the world's y points down.
+    angles = rng.uniform(0, 360), 180
+    world = Rotation.from_euler("yx", angles, degrees=True).as_matrix()
+    aside = rng.choice((.1, .6), p=(.85, .15))          # the frame cuts some people off
+    return dict(
+        shape=shape,
+        body=body,
+        local=local,
+        turn=world @ turn,
+        place=place @ world.T,
+        camera=rng.normal((8, 0, 0), (1, aside, aside)))
+
+
+def render(rng, person, picture):
+    """Images (240, 320, 3) uint8 and labels (240, 320) uint8 of each frame of a scene(), before a
+    background from the file `picture` or, if None, made up."""
+    still = background(rng, picture)
+    look = dress(rng, still)
+    light = rng.uniform(-.6, .6, 9)
+    light[:2] = rng.uniform((.5, -.7), (1.2, 0))        # never dark, more from above
+    blur = rng.uniform(.3, .9)                          # pixels
+    images, labels = [], []
+    for turn, place in zip(person["turn"], person["place"]):
+        flesh = draw_body(person["body"], turn, place, person["camera"])
+        image = paint(still, look, light, flesh)
+        image = ndimage.gaussian_filter(image, (blur, blur, 0), truncate=2)
+        images.append((255 * image.clip(0, 1)).astype(np.uint8))
+        labels.append(label_image(flesh))
+    return images, labels
+
+
+def encode_video(images, quality):
+    """An H.264 file (bytes) of images (240, 320, 3) uint8; quality: 18, good, to 51, bad."""
+    import av                                   # here, since those without videos do not need it
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        # One thread and no B-frames, or else the file differs from run to run.
+        options = dict(
+            crf=str(quality),
+            preset="veryfast",
+            bf="0",
+            threads="1")
+        stream = container.add_stream("libx264", rate=30, options=options)
+        stream.width = WIDTH
+        stream.height = HEIGHT
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def encode_mat(fields):
+    """A MATLAB 5 file (bytes) of a dict of arrays and strings."""
+    file = io.BytesIO()
+    savemat(file, fields, do_compression=True)
+    header = b"MATLAB 5.0 MAT-file".ljust(116)          # SciPy's would carry the date
+    return header + file.getvalue()[len(header):]
 
 
 def make_clip(raw, split, i, seed, frames, picture):
-    """Renders clip i of a split: its mp4, _segm.mat and, as the mark that it is done, _info.mat."""
-    person, number = dict(train=200, val=800, test=900)[split] + i // 40, i % 4 + 1
-    sequence = f"{person:03d}_{i % 40 // 4 + 1:02d}"    # has four clips; a person has ten sequences
-    path = raw / split / "run0" / sequence / f"{sequence}_c{number:04d}"
-    if Path(f"{path}_info.mat").exists():
+    """Renders clip i of a split: its mp4, _segm.mat and, as the mark that it is done, _info.mat.
+    A person, who has ten sequences of four clips each, is in one split alone."""
+    first_person = dict(train=200, val=800, test=900)
+    number = first_person[split] + i // 40
+    sequence = f"{number:03d}_{i % 40 // 4 + 1:02d}"
+    clip = raw / split / "run0" / sequence / f"{sequence}_c{i % 4 + 1:04d}"
+    if Path(f"{clip}_info.mat").exists():
         return
     rng = np.random.default_rng((seed * 1_000_003 + i, SPLITS.index(split)))
-    still, sex, light = background(rng, picture), int(rng.integers(2)), rng.uniform(-.7, .7, 9)
-    light[:2] = rng.uniform((.5, -.7), (1.4, 0))        # never dark, more from above
-    texture, shape = dress(rng, sex, still), np.clip(rng.normal(0, 1.2, 10), -2.5, 2.5)
-    *flesh, joints = body_model(sex, shape)
-    local, turn, place = motion(rng, frames, joints)
-    place[..., 1] -= place[..., 1].min(1, keepdims=True)                # on a floor
-    yaw, distance = rng.uniform(0, 2 * np.pi), np.clip(rng.normal(8, 1), 5, 11)
-    world = np.diag((1., -1, -1)) @ Rotation.from_euler("y", yaw + np.pi / 2).as_matrix()
-    turn, place = world @ turn, place @ world.T
-    camera = place[0, 0] + (distance, *rng.normal(0, rng.choice((.1, .5), p=(.92, .08)), 2))
-    blur, grain, masks, video = rng.uniform(0, .8), rng.uniform(.002, .02), {}, io.BytesIO()
-    with av.open(video, "w", format="mp4") as container:
-        # One thread and no B-frames, or else the file differs from run to run.
-        options = dict(crf=str(rng.integers(18, 27)), preset="veryfast", bf="0", threads="1")
-        stream = container.add_stream("libx264", rate=30, options=options)
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-        for t in range(frames):
-            body = draw_body(*flesh, turn[t], place[t], camera)
-            image, masks[f"segm_{t + 1}"] = paint(still, texture, light, *body)
-            image = ndimage.gaussian_filter(image, (blur, blur, 0), truncate=2)
-            image += grain * rng.standard_normal(image.shape, np.float32)
-            image = (255 * image.clip(0, 1)).round().astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    info = dict(
-        joints2D=project(place, camera)[..., :2].round().transpose(2, 1, 0).squeeze(),
-        joints3D=place.transpose(2, 1, 0).squeeze(),    # as in SURREAL, squeezed if T = 1
-        pose=Rotation.from_matrix(local.reshape(-1, 3, 3)).as_rotvec().reshape(frames, 72).T,
-        light=np.tile(light[:, None], frames), shape=np.tile(shape[:, None], frames),
-        zrot=np.full((frames, 1), yaw), camDist=distance, camLoc=camera[:, None])
-    info = {key: np.float32(value) for key, value in info.items()}
-    names = np.array([[str(picture or path.name)] * frames], object)    # a MATLAB cell array
-    info |= dict(sequence=sequence, source="stand-in, not SURREAL", bg=names, cloth=names,
-                 clipNo=np.uint16(number), stride=np.uint8(50), gender=np.uint8([[sex]] * frames))
-    write_whole(Path(f"{path}.mp4"), video.getvalue())
-    for ending, fields in (("segm", dict(sorted(masks.items()))), ("info", info)):
-        file = io.BytesIO()
-        savemat(file, fields, do_compression=True)
-        header = b"MATLAB 5.0 MAT-file".ljust(116)      # SciPy's would carry the date
-        write_whole(Path(f"{path}_{ending}.mat"), header + file.getvalue()[116:])
+    person = scene(rng, frames)
+    images, labels = render(rng, person, picture)
+    video = encode_video(images, quality=rng.integers(18, 27))
+    masks = {f"segm_{t}": mask for t, mask in enumerate(labels, 1)}
+    joints = project(person["place"], person["camera"])[..., :2].round()
+    pose = Rotation.from_matrix(person["local"].reshape(-1, 3, 3)).as_rotvec()
+    info = dict(                                        # SURREAL squeezes the joints if T = 1
+        joints2D=joints.T.squeeze(),
+        joints3D=person["place"].T.squeeze(),
+        pose=pose.reshape(frames, 72).T,
+        shape=np.tile(person["shape"][:, None], frames))
+    info = {name: np.float32(value) for name, value in info.items()}
+    info.update(sequence=sequence, source="stand-in, not SURREAL")
+    files = {
+        ".mp4": video,
+        "_segm.mat": encode_mat(masks),
+        "_info.mat": encode_mat(info)}
+    for ending, content in files.items():
+        write_whole(Path(f"{clip}{ending}"), content)
 
 
 # ------ Command line

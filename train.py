@@ -2,18 +2,21 @@
 
 The procedure of "Fully Convolutional Architectures for Multi-Part Body Segmentation" (Borrego
 Carazo, 2018, Section 3.1). Which frames make up step t, and how they are augmented, is a function
-of (seed, t) alone, so a run that was killed continues exactly where it stopped.
+of (seed, t) alone, and no layer draws at random. So a run continues exactly where it stopped
+without any saved random state; a layer such as Dropout would break that in silence.
+
 Differs from the authors' code: a mirror swaps left and right, factors of scale are drawn
-log-uniformly (there uniformly), and class heads start at the classes' prior.
+log-uniformly (there uniformly), and class heads start at the classes' prior. The paper's "180
+degrees flip" is read as this mirror.
 """
+import csv
 import functools
-import inspect
+import hashlib
 import io
 import os
 import signal
 import sys
-from argparse import SUPPRESS, BooleanOptionalAction, Namespace
-from datetime import timedelta
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -25,351 +28,494 @@ from torch import nn
 from tqdm import tqdm
 
 import evaluate
-from evaluate import IGNORE, MODELS, Predictor, Problem, Split, percent
+from evaluate import IGNORE, MODELS, Predictor, Problem, Split
 from hourglass import NAMES
-
-WEIGHTINGS = ("none", "w1-outer", "w1-direct", "w2-outer", "w2-direct")
 
 
 # ---- Class weights and the loss (paper, Section 3.1)
 
-def class_weights(counts, scheme):
-    """Class weights (K,) float32 of the paper's Section 3.1.
-    counts: (K,) float64, label pixels of each class in the train split, all above 0.
-    scheme, with C = counts: "w1" = 1 - C / sum(C); "w2" = B exp(-(B - mean B) / (4 std B)), where
-    B = max(C) / C and std is the population's, divided by its maximum, since SGD at 0.01 diverges
-    otherwise. In the paper's data an error on the background costs 1/350 of one on a toe.
+def class_weights(pixels, scheme):
+    """Class weights of the paper's Section 3.1.
+
+    pixels: (K,) float64, label pixels C of each class in the train split, all above 0.
+    scheme: "none" = 1; "w1" = 1 - C / sum(C); "w2" = B exp(-(B - mean B) / (4 std B)) with
+        B = max(C) / C and the population's std, scaled so that the largest weight is 1.
+    Returns (K,) float32. In the paper's data, w2 weighs a toe's pixel 350 times the background's.
     """
+    if scheme == "none":
+        return torch.ones_like(pixels).float()
     if scheme == "w1":
-        return (1 - counts / counts.sum()).float()
-    rarity = counts.max() / counts
-    spread = rarity.std(correction=0).clamp(min=1e-12)      # equal counts: equal weights
-    weights = rarity * torch.exp(-(rarity - rarity.mean()) / (4 * spread))
-    return (weights / weights.max()).float()
+        return (1 - pixels / pixels.sum()).float()
+    B = pixels.max() / pixels                       # how rare: 1 for the most common class
+    std = B.std(correction=0).clamp(min=1e-12)      # equal counts have equal weights
+    # B alone spans a factor of 2,000. The exponential damps the rarest: B exp(-B / (4 std)) rises
+    # up to B = 4 std and falls beyond, so one class of a few pixels cannot rule the loss.
+    weights = B * torch.exp(-(B - B.mean()) / (4 * std))
+    return (weights / weights.max()).float()        # unscaled, SGD at 0.01 diverges
+
+
+def map_ids(labels, table):
+    """labels (...) uint8 -> int64 (...), table[id] for each id; 255, "ignore", stays.
+    table: K ids, a list or a tensor (K,) on the device of the labels."""
+    whole = torch.full((IGNORE + 1,), IGNORE, device=labels.device)
+    whole[:len(table)] = torch.as_tensor(table)
+    return whole[labels.long()]
 
 
 class Criterion:
     """Cross-entropy, plain or weighted: the mean over the pixels that count (label 255 does not).
-    Raises Problem if a weighting is chosen and some class has no pixels to weight it by.
 
     outer:  mean of w[label] * CE(logits, label), not divided by the sum of w, as the paper has it
     direct: mean of CE(logits * w, label); such a network also predicts from logits * w
+
+    classes: of evaluate.read_classes, with "pixels" and "names". Raises Problem for a weighting
+    where a class has no pixels to weight it by.
     """
 
-    def __init__(self, classes, weighting="none", device="cpu"):
-        self.scheme, _, self.form = weighting.partition("-")
-        self.pixels = torch.tensor(classes["pixels"], dtype=torch.float64, device=device)
-        if self.form and 0 in classes["pixels"]:
-            absent = classes["names"][classes["pixels"].index(0)]
+    def __init__(self, classes, weighting="none", device=torch.device("cpu")):
+        pixels = classes["pixels"]
+        if weighting != "none" and 0 in pixels:
+            absent = classes["names"][pixels.index(0)]
             raise Problem(f"--weighting {weighting}: no training label has a pixel of {absent}")
+        self.scheme, _, self.form = weighting.partition("-")
+        exact = torch.float32 if device.type == "mps" else torch.float64    # which MPS has not
+        self.pixels = torch.tensor(pixels, dtype=exact, device=device)
 
     def pixels_and_weights(self, K, levels=None):
-        """Pixels and class weights, (K,) each; without weighting, None for the weights. levels:
-        the coarser class of each id (hourglass.level_table), whose pixels are added up first."""
+        """Label pixels and class weights, (K,) each. levels: the coarser class 0..K-1 of each id,
+        int64; the pixels of its ids are added up before the weights are formed."""
         pixels = self.pixels
         if levels is not None:
             pixels = torch.zeros_like(pixels[:K]).index_add_(0, levels, pixels)
-        return pixels, class_weights(pixels, self.scheme) if self.form else None
+        return pixels, class_weights(pixels, self.scheme)
 
     def prior(self, K, levels=None):
-        """(K,) biases that minimise this loss if features say nothing; p is each class's share of
-        the train split's pixels: log p; outer: log(w p), normalised; direct: (log p) / w. Heads
-        without them first spend some hundred steps on p (Lin et al., arXiv 1708.02002, 4.1)."""
+        """Biases (K,) of the class head that minimise this loss while features say nothing.
+
+        With p, each class's share of the pixels: direct: (log p) / w; else log(w p), normalised.
+        Without them a network spends its first hundreds of steps finding out that most pixels are
+        background (Lin et al., arXiv 1708.02002, Section 4.1).
+        """
         pixels, weights = self.pixels_and_weights(K, levels)
-        logs = torch.log((pixels + 1) / (pixels + 1).sum())     # + 1: no class is impossible
+        log_p = torch.log_softmax(torch.log(pixels + 1), 0)     # + 1: no class is impossible
         if self.form == "direct":
-            return (logs - logs.max()) / weights
-        return logs if weights is None else torch.log_softmax(logs + weights.log(), 0)
+            return (log_p - log_p.max()) / weights
+        return torch.log_softmax(log_p + weights.log(), 0)
 
     def totals(self, logits, labels, levels=None):
         """Summed loss (float32 scalar) and number of pixels that count (int64 scalar).
-        logits (B, K, H, W) of any float dtype, labels (B, H', W') uint8, levels (K',) int64."""
-        if labels.shape[-2:] != logits.shape[-2:]:          # nearest-exact samples cell centres
-            labels = F.interpolate(labels[:, None], logits.shape[-2:], mode="nearest-exact")[:, 0]
-        target = labels.long().flatten()
-        if levels is not None:
-            target = F.pad(levels, (0, IGNORE + 1 - len(levels)), value=IGNORE)[target]
+        logits (B, K, H, W) of any float dtype; labels (B, H', W') uint8; levels (ids,) int64."""
+        B, K, H, W = logits.shape
+        if labels.shape[-2:] != (H, W):
+            # nearest-exact samples cell centres; nearest samples their corners.
+            labels = F.interpolate(labels[:, None], (H, W), mode="nearest-exact")[:, 0]
+        target = labels.long() if levels is None else map_ids(labels, levels)
+        target = target.flatten()                           # (B H W,)
         # Channels last makes this a view, and softmax over the last axis is the fast one.
-        logits = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()
-        _, weights = self.pixels_and_weights(logits.shape[1], levels)
+        logits = logits.permute(0, 2, 3, 1).reshape(-1, K).float()      # (B H W, K)
+        _, weights = self.pixels_and_weights(K, levels)
         if self.form == "direct":
-            logits, weights = logits * weights, None
+            logits = logits * weights
+            weights = None
         loss = F.cross_entropy(logits, target, weight=weights, ignore_index=IGNORE,
-                               reduction="none")            # CUDA's "sum" runs on one block
+                               reduction="none")            # "sum" runs on one block on CUDA
         return loss.sum(), (target != IGNORE).sum()
 
     def __call__(self, logits, labels, levels=None):
-        """This process's sum * processes / all pixels: DDP averages it to the mean over all."""
+        """The mean loss over all pixels that count, of all processes; 0 where none counts."""
         loss, count = self.totals(logits, labels, levels)
         if dist.is_initialized():
             dist.all_reduce(count)
-            loss = loss * dist.get_world_size()
-        return loss / count.clamp(min=1)                    # without a valid pixel: 0, not nan
+            loss = loss * dist.get_world_size()             # DDP divides gradients by it again
+        return loss / count.clamp(min=1)
 
 
 # ---- Frames and augmentation: functions of (seed, step)
 
-def frame_order(frames, batch_size, seed, start, steps):
-    """Yields lists of indices below `frames` for range(start, steps): shuffled epochs, joined."""
-    epoch = functools.lru_cache(2)(                         # a batch may need two epochs
-        lambda number: np.random.default_rng([seed, 0, number]).permutation(frames))
+def frame_order(count, batch_size, seed, start, steps):
+    """Yields, for each step of range(start, steps), a list of `batch_size` indices below `count`:
+    shuffled epochs, one after the other."""
+    @functools.lru_cache(maxsize=2)         # a batch may join the end of one epoch and the next
+    def shuffled(epoch):
+        return np.random.default_rng([seed, 0, epoch]).permutation(count)
+
     for step in range(start, steps):
         positions = range(step * batch_size, (step + 1) * batch_size)
-        yield [int(epoch(position // frames)[position % frames]) for position in positions]
+        yield [int(shuffled(position // count)[position % count]) for position in positions]
 
 
 def draw_augmentation(seed, step, B):
-    """mirror (B,) bool, scale (B,) in 0.5 to 2 and place (B, 2) in 0 to 1 for a step's batch."""
+    """What happens to each of the B images of a step. Returns (B, 7) float32, its columns: mirror,
+    0 or 1; scale, 0.5 to 2; align, x and y, 0 to 1; brightness, contrast, saturation, factors."""
     rng = np.random.default_rng([seed, 1, step])
-    mirror, scale, place = map(torch.from_numpy, (
-        rng.random(B) < 0.5, 2 ** rng.uniform(-1, 1, B), rng.random((B, 2))))
-    return mirror, scale.float(), place.float()
+    mirror = rng.random((B, 1)) < 0.5
+    scale = 2 ** rng.uniform(-1, 1, (B, 1))                 # as often half as double
+    align = rng.random((B, 2))
+    colour = rng.uniform(0.6, 1.4, (B, 3))
+    return torch.tensor(np.hstack([mirror, scale, align, colour])).float()
 
 
-def mirror_batch(images, labels, joints, chosen, classes, swap=True):
+def mirror_batch(images, labels, joints, chosen, classes):
     """Flips the chosen (B,) bool samples of images (B, 3, H, W), labels (B, H, W), joints (B, J, 2)
-    or None. A mirrored left hand is a right hand, so ids and joints swap sides, if `swap`."""
-    flipped = labels.flip(-1)
-    if swap:
-        table = classes["mirror"] + [*range(len(classes["mirror"]), IGNORE + 1)]
-        table = torch.tensor(table, dtype=torch.uint8)
-        flipped = table.to(labels.device, non_blocking=True)[flipped.long()]
+    or None. A mirrored left hand is a right hand, so ids and joints swap sides."""
+    chosen = chosen[:, None, None]
+    sides = map_ids(labels.flip(-1), classes["mirror"]).to(torch.uint8)
+    labels = torch.where(chosen, sides, labels)
+    images = torch.where(chosen[..., None], images.flip(-1), images)
     if joints is not None:
-        order = classes["joint_mirror"] if swap else range(joints.shape[1])
-        moved = joints[:, torch.tensor(list(order)).to(joints.device, non_blocking=True)]
+        moved = joints[:, classes["joint_mirror"]]
         moved[..., 0] = images.shape[-1] - 1 - moved[..., 0]
-        joints = torch.where(chosen[:, None, None], moved, joints)
-    images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
-    return images, torch.where(chosen[:, None, None], flipped, labels), joints
-
-
-def scale_batch(images, labels, joints, scale, place):
-    """Scales normalised images (B, 3, W, W) bilinearly, labels (B, W, W) uint8 by nearest pixel and
-    joints (B, J, 2) or None. place (B, 2): 0 aligns left (upper) edges, 1 right (lower). Outside
-    are the mean colour and 255. Pixel x goes to scale * (x + 0.5) + offset - 0.5."""
-    size = images.shape[-1]
-    offset = place * (size - scale[:, None] * size)         # (B, 2), x then y
-    theta = torch.zeros(len(images), 2, 3, device=images.device)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-    theta[:, :, 2] = (1 - 2 * offset / size) / scale[:, None] - 1   # sides are -1 to 1
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
-    shifted = labels[:, None].float() - IGNORE      # grid_sample fills with 0, so 0 means ignore
-    shifted = F.grid_sample(shifted, grid, mode="nearest", align_corners=False)
-    labels = (shifted + IGNORE)[:, 0].to(torch.uint8)
-    if joints is not None:
-        joints = scale[:, None, None] * (joints + 0.5) + offset[:, None] - 0.5
+        joints = torch.where(chosen, moved, joints)
     return images, labels, joints
 
 
-def prepare_batch(batch, step, args, classes, rank=0, world=1):
-    """Augments and normalises a loaded batch: images (B, 3, H, W) float32, labels and joints."""
-    images, labels = batch["images"], batch["labels"]
-    joints = batch["joints"] if args.joints == "surreal" else None
-    mirror, scale, place = (draw[rank::world].to(images.device, non_blocking=True)
-                            for draw in draw_augmentation(args.seed, step, args.batch_size))
-    if {"mirror", "naive-mirror"} & set(args.augment):
-        images, labels, joints = mirror_batch(images, labels, joints, mirror, classes,
-                                              swap="mirror" in args.augment)
-    images = evaluate.normalise(images, classes)
-    if "scale" in args.augment:
-        images, labels, joints = scale_batch(images, labels, joints, scale, place)
-    return images.contiguous(memory_format=torch.channels_last), dict(labels=labels, joints=joints)
+def colour_batch(images, factors):
+    """images (B, 3, H, W), 0 to 255, as other light and film would show them: float32, 0 to 255.
+    factors (B, 3): of brightness; of contrast, the distance to the image's mean grey; and of
+    saturation, the distance of each pixel to its own grey."""
+    brightness, contrast, saturation = factors.T[..., None, None, None]     # (B, 1, 1, 1) each
+    grey = images.float().mean(1, keepdim=True)             # (B, 1, H, W)
+    mean = grey.mean((2, 3), keepdim=True)                  # (B, 1, 1, 1)
+    images = grey + saturation * (images - grey)
+    images = mean + contrast * (images - mean)
+    return (brightness * images).clamp(0, 255)
+
+
+def scale_batch(images, labels, joints, scale, align):
+    """Scales normalised images (B, 3, W, W) bilinearly, labels (B, W, W) uint8 by nearest pixel and
+    joints (B, J, 2) or None by scale (B, 1). align (B, 2), x and y: 0 aligns left (upper) edges, 1
+    right (lower) ones. Outside are the mean colour and 255.
+    Pixel x goes to scale * (x + 0.5) + offset - 0.5."""
+    size = images.shape[-1]
+    offset = align * (size - scale * size)                  # (B, 2) pixels
+    # grid_sample asks where each output pixel comes from, on sides that run from -1 to 1.
+    shift = (1 - 2 * offset / size) / scale - 1
+    zoom = torch.eye(2, device=images.device) / scale[..., None]
+    theta = torch.cat([zoom, shift[..., None]], 2)          # (B, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)
+    shifted = labels[:, None].float() - IGNORE      # grid_sample fills with 0, so 0 means ignore
+    shifted = F.grid_sample(shifted, grid, mode="nearest", align_corners=False)
+    labels = (shifted[:, 0] + IGNORE).to(torch.uint8)
+    if joints is not None:
+        joints = scale[..., None] * (joints + 0.5) + offset[:, None] - 0.5
+    return images, labels, joints
+
+
+def augment_batch(batch, draws, kinds, classes, memory_format=torch.channels_last):
+    """Augments and normalises a loaded batch on its device.
+    batch: images (B, 3, H, W) uint8, labels (B, H, W) uint8 and perhaps joints (B, J, 2); draws: of
+    draw_augmentation, (B, 7); kinds: those of mirror, colour and scale that are wanted.
+    Returns images (B, 3, H, W) float32 and a dict of labels and joints (or None)."""
+    images = batch["images"]
+    labels = batch["labels"]
+    joints = batch.get("joints")
+    mirror, scale, align, colour = draws.to(images.device).split([1, 1, 2, 3], dim=1)
+    if "mirror" in kinds:
+        images, labels, joints = mirror_batch(images, labels, joints, mirror[:, 0] > 0, classes)
+    if "colour" in kinds:
+        images = colour_batch(images, colour)
+    images = evaluate.normalise(images, classes, memory_format)
+    if "scale" in kinds:
+        images, labels, joints = scale_batch(images, labels, joints, scale, align)
+    images = images.contiguous(memory_format=memory_format)
+    return images, dict(labels=labels, joints=joints)
 
 
 # ---- The loop
 
 def learning_rate(args, step):
-    """The rate at a step: the recipe's schedule, times a linear rise over the first `warmup`."""
-    rate = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+    """The rate at a step: the schedule, times a linear rise over the first `warmup` steps, which
+    are at most a tenth of the run."""
+    warmup = max(1, min(args.warmup, args.iterations // 10))
+    rate = args.lr * min(1, (step + 1) / warmup)
     if args.schedule == "poly":
-        rate *= (1 - step / args.iterations) ** args.power
-    elif args.schedule == "step":
-        rate *= args.factor ** (step // args.every)
-    return rate
+        return rate * (1 - step / args.iterations) ** args.power
+    if args.schedule == "step":
+        return rate * args.factor ** (step // args.every)
+    return rate                                             # constant
 
 
 def train(args, run_dir, checkpoint=None):
-    """Trains one network into the folder run_dir, from step 0 or from a checkpoint of that run."""
-    # 1. Processes that torchrun started: this is `rank` of `world`; the first validates and writes.
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if world > 1 and args.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(local)                        # which "cuda" stands for from here on
+    """Trains one network into the folder run_dir, from step 0 or from a checkpoint of that run.
+    args: every setting, see OPTIONS. Raises Problem."""
+    # 1. This is process `rank` of `world`. All validate, so that none waits; the first one writes.
+    rank, world = join_processes(args.device)
     device, precision = evaluate.pick_device(args.device, args.precision)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))  # a validation takes long
+    workers = evaluate.reader_count(args.workers, device)
 
-    # 2. Data: frames to train on, and both splits to measure.
-    classes, training = read_data(args, rank)
-    measured = [Split(args.data, split, classes, args.size) for split in ("train", "val")]
+    # 2. Data: frames to train on, and a fixed choice of both splits to measure.
+    classes, training = read_data(args)
+    warn(classes, args.data)
+    measured = validation_readers(args, classes, workers, device)
 
-    # 3. Network, loss and optimiser. Weight decay acts on convolution kernels alone.
+    # 3. Network, loss and optimiser. In fp16 small gradients would become 0, so the loss is
+    # multiplied by a scale that adapts.
     torch.manual_seed(args.seed)
-    known = vars(args) | dict(num_classes=len(classes["names"]),
-                              num_joints=len(classes["joint_mirror"] or ()))
-    options = {name: known[name] for name in inspect.signature(MODELS[args.model]).parameters
-               if name in known}
-    network = MODELS[args.model](**options).to(device, memory_format=torch.channels_last)
+    network, kwargs = build_network(args, classes)
     criterion = Criterion(classes, args.weighting, device)
+    _, weights = criterion.pixels_and_weights(len(classes["names"]))
+    fixed = dict(
+        model=args.model,
+        kwargs=kwargs,
+        classes=classes,
+        settings=vars(args),
+        logit_weights=weights.tolist() if criterion.form == "direct" else None,
+    )
+    predict = Predictor(fixed, network, device, precision)     # moves the network there
     for head, levels in getattr(network, "heads", ()):
         head.bias.data.copy_(criterion.prior(len(head.bias), levels))
-    if args.init_from and checkpoint is None:
-        start_from(network, args.init_from)
-    if world > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    groups = [dict(params=[p for p in network.parameters() if (p.ndim == 4) == kernel],
-                   weight_decay=args.weight_decay * kernel) for kernel in (True, False)]
-    optimizer = getattr(torch.optim, args.optimizer)(groups, lr=args.lr, **args.optimizer_args)
+    optimizer = build_optimizer(args, network)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # 4. Where the run stands. last.pt is the run: nothing else is needed to continue it.
-    start, best, rows = 0, -1.0, []
+    progress = checkpoint or dict(step=0, best_miou=-1.0, rows=[])
+    start = progress["step"]
+    best = progress["best_miou"]
+    rows = progress["rows"]
     if checkpoint:
-        if any(checkpoint["classes"][key] != classes[key] for key in ("names", "size", "pixels")):
-            raise Problem(f"{args.data} has other classes or frames than the data of {run_dir}")
-        changed = ", ".join(f"{name} {value}" for name, value in checkpoint["settings"].items()
-                            if name not in MAY_CHANGE and value != vars(args).get(name))
-        if changed:
-            raise Problem(f"{run_dir} began with {changed}: other values need another --out")
-        start, best, rows = checkpoint["step"], checkpoint["best_miou"], checkpoint["rows"]
+        check_same_data(checkpoint, classes, args.data)
         network.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    _, weights = criterion.pixels_and_weights(len(classes["names"]))
-    fixed = dict(model=args.model, kwargs=options, classes=classes, settings=vars(args),
-                 logit_weights=weights.tolist() if criterion.form == "direct" else None)
-    predict = Predictor(fixed, network, device, precision)
+        scaler.load_state_dict(checkpoint["scaler"])
+    elif args.init_from:
+        start_from(network, args.init_from)
 
     def save(name, step):
+        if rank:
+            return
+        state = dict(
+            weights=network.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+            step=step,
+            best_miou=best,
+            rows=rows,
+        )
         buffer = io.BytesIO()                               # so a full disk raises an OSError
-        torch.save(fixed | dict(weights=network.state_dict(), optimizer=optimizer.state_dict(),
-                                step=step, best_miou=best, rows=rows), buffer)
+        torch.save(fixed | state, buffer)
         (run_dir / "new.pt").write_bytes(buffer.getbuffer())
         os.replace(run_dir / "new.pt", run_dir / name)      # never leaves half a file
 
-    if rank == 0 and checkpoint is None:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))     # else a new one
+    if rank == 0 and not checkpoint:
+        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)   # else a new one
         save("last.pt", 0)
-    if rank == 0:
-        size = sum(p.numel() for p in network.parameters())
-        print(f"{args.model}, {size:,} parameters, {precision} on {device}, into {run_dir}, steps "
-              f"{start} to {args.iterations}; {args.data}: {classes['source']}", flush=True)
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{args.model}, {parameters:,} parameters, {precision} on {device}, into {run_dir}, "
+          f"steps {start} to {args.iterations}; {args.data}: {classes['source']}")
     if args.compile:
         network.compile()                                   # in place: weights keep their names
-    model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    model = distribute(network, device) if world > 1 else network
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     torch.backends.cudnn.benchmark = True
     order = frame_order(len(training.frames), args.batch_size, args.seed, start, args.iterations)
-    shares = (frames[rank::world] for frames in order)
-    batches = evaluate.stream(training, shares, args.workers, device)
-
-    stop = []               # gets the first Ctrl-C or SIGTERM; the second one exits at once
-    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():    # ranks may stop apart
-        signal.signal(number, lambda n, frame: sys.exit(128 + n) if stop else stop.append(n))
+    shares = (indices[rank::world] for indices in order)
+    batches = evaluate.reader(training, shares, workers, device)
+    bar = progress_bar(args, start, rank)
+    stop = StopRequest(world)
 
     # 5. The loop.
-    with tqdm(total=args.iterations, initial=start, disable=True if rank else None) as bar:
-        for step, loaded in enumerate(batches, start):
-            network.train()
+    for step, batch in enumerate(batches, start):
+        network.train()
+        for norm in norms:
+            norm.train(step >= args.bn_after)               # frozen, it keeps its statistics
+        draws = draw_augmentation(args.seed, step, args.batch_size)
+        batch = evaluate.to_device(batch, device)
+        images, batch = augment_batch(batch, draws[rank::world], args.augment, classes,
+                                      predict.memory_format)
+        with evaluate.autocast(device, precision):
+            outputs = model(images)
+        total, main = network.loss(outputs, batch, criterion)
+        optimizer.zero_grad()
+        scaler.scale(total).backward()
+        if step == start and precision == "bf16":
+            check_gradients(network)
+        if step < args.bn_after:                            # without a gradient, no update
             for norm in norms:
-                norm.train(step >= args.bn_after)           # frozen, it keeps its statistics
-            images, batch = prepare_batch(loaded, step, args, classes, rank, world)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                outputs = model(images)
-            total, main = network.loss(outputs, batch, criterion)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            if step < args.bn_after:                        # without a gradient, no update
-                for norm in norms:
-                    norm.weight.grad = norm.bias.grad = None
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step)
-            optimizer.step()
+                norm.weight.grad = norm.bias.grad = None
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        scaler.step(optimizer)
+        scaler.update()
 
-            step += 1                                       # from here on: the steps done
-            bar.update()
-            due = step % args.val_every == 0 or step == args.iterations
-            if step % 10 and not due and not stop:          # main.item() would wait for the GPU
-                continue
-            loss = main.item()
-            if due and rank == 0:
-                rows.append(dict(step=step, **validate(predict, measured, args)))
-                loss += rows[-1]["val_loss"]                # only for the check below
-            if not np.isfinite(loss):
-                raise Problem(f"loss {loss} at step {step}: lower --lr, or take --precision fp32")
-            if due and rank == 0:
-                if rows[-1]["val_miou"] > best:
-                    best = rows[-1]["val_miou"]
-                    save("best.pt", step)
+        done = step + 1
+        bar.update(args.batch_size)
+        due = done % args.val_every == 0 or done == args.iterations
+        if done % 10 and not due and not stop.number:       # main.item() would wait for the GPU
+            continue
+        check_finite(main.item(), done, scaler.get_scale())
+        if due:
+            row = dict(step=done) | validate(predict, measured)
+            check_finite(row["val_loss"], done)
+            rows.append(row)
+            if row["val_miou"] > best:
+                best = row["val_miou"]
+                save("best.pt", done)
+            if rank == 0:
                 write_log(run_dir, rows, classes["source"])
-            if (due or stop) and rank == 0:
-                save("last.pt", step)
-            bar.set_postfix_str(f"loss {main.item():.3f}, best mIoU {percent(max(best, 0))} %")
-            if stop:
-                print(f"Stopped at step {step}: --resume {run_dir} goes on (a study: its command)")
-                sys.exit(128 + stop[0])
-    stop.append(0)                                          # from here on, Ctrl-C ends at once
+        if due or stop.number:
+            save("last.pt", done)
+        bar.set_postfix_str(f"step {done}, loss {main.item():.3f}, best mIoU {max(best, 0):.1%}",
+                            refresh=False)
+        if stop.number:
+            bar.close()
+            print(f"Stopped at step {done}: --resume {run_dir} goes on (a study: its command)")
+            sys.exit(128 + stop.number)
+    bar.close()
+    stop.number = -1                                        # from here on, a signal ends at once
+    if world > 1:
+        dist.destroy_process_group()
 
 
-def validate(predict, measured, args):
-    """Figures of fixed frames of train and val, and the unweighted loss, the same for all runs."""
+def validate(predict, measured):
+    """A row of the log: mean unweighted loss (the same for all runs, so that they compare) and
+    figures of the frames that `measured` reads, which are fixed and never augmented."""
     predict.network.eval()
-    unweighted, row = Criterion(predict.classes), {}
-    for i, (name, split) in enumerate(zip(("train", "val"), measured)):
-        chosen = np.random.default_rng([2, i]).permutation(len(split.frames))[:args.val_images]
-        confusions, row[f"{name}_loss"] = evaluate.evaluate_split(
-            predict, split, min(16, args.batch_size), args.workers, sorted(chosen), unweighted)
-        figures = evaluate.scores(confusions.sum(0))
+    unweighted = Criterion(predict.classes, device=predict.device)
+    row = {}
+    for name, (batches, groups) in measured.items():
+        confusions, _, loss = evaluate.evaluate_frames(predict, batches, groups, unweighted)
+        figures = evaluate.scores(confusions[0])
+        row[f"{name}_loss"] = float(loss)
         row |= {f"{name}_{key}": float(figures[key]) for key in evaluate.FIGURES}
     return row
 
 
-def write_log(run_dir, rows, note):
-    """log.csv and curves.png, for people: the run itself is continued from last.pt."""
-    lines = [rows[0].keys(), *(row.values() for row in rows)]
-    (run_dir / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    draw_curves(run_dir / "curves.png", {run_dir.name: rows}, note)
+def check_finite(loss, step, scale=1):
+    """Raises Problem for a loss that is nan or inf, before it is saved. In fp16 a step with such
+    gradients is skipped and the scale halved, so it is only final once the scale is down to 1."""
+    if not np.isfinite(loss) and scale <= 1:
+        raise Problem(f"loss {loss} at step {step}: lower --lr, or take --precision fp32")
+
+
+def check_gradients(network):
+    """Raises Problem if the first step's gradients are nan, as those of a dilated convolution with
+    45 or 46 channels are in bf16 on some CPUs. In fp16 the scaler handles them."""
+    if not all(parameter.grad.isfinite().all() for parameter in network.parameters()):
+        raise Problem("this machine's bf16 computes no finite gradients for this network: take "
+                      "--precision fp32 or another --width")
+
+
+def write_log(run_dir, rows, source):
+    """log.csv and curves.png (as in the paper's Fig. 4, 8, 10, 17), for people: the run itself is
+    continued from last.pt."""
+    with open(run_dir / "log.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    steps = [row["step"] for row in rows]
+    sheet = Figure((9, 7), layout="constrained")
+    for axes, kind in zip(sheet.subplots(2), ("miou", "loss")):
+        for part in "train", "val":
+            axes.plot(steps, [row[f"{part}_{kind}"] for row in rows], ".-", label=part)
+        axes.set(xlabel="step", ylabel=kind, title=source, ylim=(0, None))
+        axes.legend()
+    sheet.savefig(run_dir / "curves.png")
     tqdm.write("step {step}: mIoU train {train_miou:.1%}, val {val_miou:.1%}".format(**rows[-1]))
 
 
-def draw_curves(path, runs, note):
-    """Loss and mIoU against steps, as in the paper's Fig. 4, 8, 10, 17. runs: {name: log rows}."""
-    sheet = Figure((10, 7), dpi=110, layout="constrained")
-    top, bottom = sheet.subplots(2, 1, sharex=True)
-    for index, (name, rows) in enumerate(runs.items()):
-        for part, style in (("val", "-"), ("train", ":")):
-            for axes, kind in ((top, "miou"), (bottom, "loss")):
-                axes.plot([row["step"] for row in rows], [row[f"{part}_{kind}"] for row in rows],
-                          style, color=f"C{index}", marker=".", label=f"{name}, {part}")
-    top.set(ylabel="mIoU", title=note, ylim=(0, None))
-    bottom.set(ylabel="loss, unweighted", xlabel="step", ylim=(0, None))
-    sheet.legend(*top.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    sheet.savefig(path)
+# ---- What the loop stands on: data, network, processes, signals
 
-
-# ---- What the loop stands on: data, first weights, processes, signals
-
-def read_data(args, rank):
-    """Classes and train split. The first process makes and checks them while the others wait."""
-    if rank:
-        dist.barrier()
-    args.data = args.data or ("data/surreal" if Path("data/surreal").exists() else "data/standin")
+def read_data(args):
+    """Classes and train split of args.data; without SURREAL, of the stand-in, which is rendered on
+    first use. Raises Problem where the data and the options do not fit."""
+    if not args.data:
+        args.data = "data/surreal" if Path("data/surreal").exists() else "data/standin"
     if args.data == "data/standin" and not Path("data/standin/classes.json").exists():
-        print("There is no data/surreal: rendering a stand-in, which is not SURREAL.", flush=True)
-        import prepare_surreal                              # not needed by those who have data
-        if status := prepare_surreal.main(["--synthesize", "--out", "data/standin"]):
-            sys.exit(status)                                # it has said why
+        render_standin()
     classes = evaluate.read_classes(args.data, count=True)
     training = Split(args.data, "train", classes, args.size, labels_at_size=True)
+    frames = training.frames + Split(args.data, "val", classes).frames
+    classes["fingerprint"] = hashlib.sha256(repr(frames).encode()).hexdigest()
     if training.size % 32:
         raise Problem(f"{args.data} has {training.size} pixels, no multiple of 32: give --size")
     if args.coarse_to_fine and classes["names"] != NAMES:
         raise Problem(f"--coarse-to-fine is for SURREAL's 25 classes, and {args.data} has others")
-    if args.joints == "surreal" and (training.joints is None or not classes["joint_mirror"]):
+    if args.joints != "surreal":
+        training.joints = None                              # they need not be augmented
+    elif training.joints is None or not classes["joint_mirror"]:
         raise Problem(f"{args.data} has no joints or joint_mirror: use --joints centroids")
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
     return classes, training
+
+
+def warn(classes, data):
+    """Prints what is no mistake of the options, but may be one of the data."""
+    absent = [name for name, count in zip(classes["names"], classes["pixels"]) if count == 0]
+    if absent:
+        print(f"{data}: no training label shows", ", ".join(absent))
+    shared = evaluate.shared_groups(data)
+    if shared:
+        print(f"{data}: {len(shared)} groups are in two splits, so figures flatter: {shared[0]}")
+
+
+def render_standin():
+    """Makes data/standin. Raises Problem under torchrun, where each process would render it."""
+    if "RANK" in os.environ:
+        raise Problem("torchrun needs data: python prepare_surreal.py --synthesize --out "
+                      "data/standin first, or --data")
+    print("There is no data/surreal: rendering a stand-in, which is not SURREAL.", flush=True)
+    import prepare_surreal                                  # not needed by those who have data
+    status = prepare_surreal.main(["--synthesize", "--out", "data/standin"])
+    if status:
+        sys.exit(status)                                    # it has said why
+
+
+def validation_readers(args, classes, workers, device):
+    """{"train" and "val": (reader, group of each frame)} of a fixed, seeded choice of frames. The
+    readers' processes live on between validations; together they are as many as for training."""
+    measured = {}
+    for number, name in enumerate(("train", "val")):
+        split = Split(args.data, name, classes, args.size)
+        order = np.random.default_rng([2, number]).permutation(len(split.frames))
+        chosen = np.sort(order[:args.val_images])
+        chunks = torch.tensor(chosen).split(min(16, args.batch_size))
+        batches = evaluate.reader(split, chunks, (workers + 1) // 2, device, persistent=True)
+        measured[name] = batches, np.zeros(len(chosen), int)            # one group
+    return measured
+
+
+def check_same_data(checkpoint, classes, data):
+    """Raises Problem unless the classes and frames are those that the checkpoint's run began with.
+    """
+    for key in "names", "size", "pixels", "fingerprint":
+        if checkpoint["classes"].get(key) != classes[key]:
+            raise Problem(f"{data} has other {key} than when this run began: restore the folder, "
+                          "or start another run with --out")
+
+
+# Settings that only one of the networks takes.
+ONLY = dict(
+    variant="segnet",
+    stacks="hourglass",
+    features="hourglass",
+    stem_stride="hourglass",
+    coarse_to_fine="hourglass",
+    joints="hourglass",
+)
+
+
+def build_network(args, classes):
+    """The network that the options describe, and its keyword arguments, which checkpoints keep."""
+    kwargs = dict(num_classes=len(classes["names"]), width=args.width)
+    if args.double_filters:
+        kwargs["width"] *= 2
+    for option, model in ONLY.items():
+        if model == args.model:
+            kwargs[option] = getattr(args, option)
+    if args.joints == "surreal":
+        kwargs["num_joints"] = len(classes["joint_mirror"])
+    return MODELS[args.model](**kwargs), kwargs
+
+
+def build_optimizer(args, network):
+    """torch.optim's args.optimizer; weight decay acts on convolution kernels alone."""
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    others = [p for p in network.parameters() if p.ndim != 4]
+    groups = [
+        dict(params=kernels, weight_decay=args.weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
+    return getattr(torch.optim, args.optimizer)(groups, lr=args.lr, **args.optimizer_args)
 
 
 def start_from(network, path):
@@ -384,197 +530,285 @@ def start_from(network, path):
     print(f"--init-from {path}: took {len(taken)} of {len(own)} tensors")
 
 
-# ---- The study (paper, Section 3.1): the better one of each comparison is developed further
-
-# Published mIoU, accuracy, F1 (body; SegNet: mean over classes), percent. Hourglass: the thesis.
-PUBLISHED = dict(
-    icnet={"normal": (38.19, 94.64, 88.17), "doubled": (27.51, 93.01, 84.97),
-           "normal + augmentation": (32.60, 91.15, 91.61), "test": (45.14, 95.76, 89.73)},
-    segnet={"normal": (38.80, 94.87, 54.34), "doubled": (39.17, 94.79, 54.49),
-            "doubled + augmentation": (23.28, 89.24, 33.21), "test": (33.59, 94.62, 44.32)},
-    hourglass={"plain": (63.19, 98.75, 95.24), "coarse-to-fine": (16.22, 90.58, 61.98),
-               "joint head": (58.05, 97.18, 96.05), "test": (55.32, 97.02, 93.07)})
-
-
-def study(args, out):
-    """The paper's protocol as ordinary runs in `out`. ICNet, SegNet: normal or doubled; the better
-    one augmented; the better of these with each weighting (SegNet: outer, Table 5); the best for
-    longer. Hourglass: plain, coarse-to-fine, joints. Then the test split. Runs can be continued."""
-    classes, training = read_data(args, 0)
-    Split(args.data, "test", classes)                       # if it is missing, fail now
-    runs, decisions, hourglass = {}, [], args.model == "hourglass"
-
-    def run(name, **changes):
-        run_dir = out / "-".join(name.replace(" +", "").replace(",", "").split())
-        own = dict(study=False, augment=["none"], resume="newest", final_iterations=0) | changes
-        last = run_dir / "last.pt"
-        checkpoint = evaluate.load_checkpoint(last)[0] if last.exists() else None
-        train(Namespace(**vars(args) | own), run_dir, checkpoint)       # a finished run: no steps
-        figures = evaluate.measure(run_dir / "best.pt", args, "val", args.data)
-        runs[name] = figures | dict(name=name, run_dir=run_dir, changes=changes)
-        return runs[name]
-
-    def better(old, new):
-        difference, half = evaluate.paired_difference(new["confusions"], old["confusions"],
-                                                      new["split"].clips)
-        winner = new if difference > 0 else old
-        chance = "" if abs(difference) >= half else ", which may be chance"
-        decisions.append(f"- {new['name']} against {old['name']}: {percent(difference, half, 2)} "
-                         f"points of mIoU{chance}. The study goes on with **{winner['name']}**.")
-        return winner
-
-    if hourglass:
-        best = run("plain")
-        if classes["names"] == NAMES:
-            best = better(best, run("coarse-to-fine", coarse_to_fine=True))
-        known = training.joints is not None and classes["joint_mirror"]
-        best = better(best, run("joint head", joints="surreal" if known else "centroids"))
-    else:
-        base = run("normal")
-        if "width" in inspect.signature(MODELS[args.model]).parameters:
-            base = better(base, run("doubled", width=2 * args.width))
-        base = best = better(base, run(f"{base['name']} + augmentation", **base["changes"],
-                                       augment=["mirror", "scale"]))
-        for weighting in WEIGHTINGS[1:]:
-            if args.model != "segnet" or weighting.endswith("outer"):
-                best = better(best, run(f"{base['name']} + {weighting}", **base["changes"],
-                                        weighting=weighting))
-    longer = args.final_iterations or (args.iterations * 2 if args.quick else 90000)
-    if args.final_iterations or not hourglass:              # its study has no longer run
-        best = run(f"{best['name']}, long", **best["changes"], iterations=longer)
-    test = evaluate.measure(best["run_dir"] / "best.pt", args, "test", args.data)
-    published = PUBLISHED.get(args.model, {}).items()
-    text = "\n".join([
-        f"# The study of {args.model}, seed {args.seed}\n", *decisions, "\n![curves](curves.png)\n",
-        evaluate.markdown([["published, %", "mIoU", "accuracy", "F1"],
-                           *([name, *figures] for name, figures in published)]),
-        evaluate.report_text([*runs.values()], per_class=False), "", evaluate.report_text([test])])
-    (out / "report.md").write_text(text, encoding="utf-8")
-    logs = {name: evaluate.load_checkpoint(run["run_dir"] / "last.pt")[0]["rows"]
-            for name, run in runs.items()}
-    draw_curves(out / "curves.png", logs, classes["source"])
-    print(text)
+def join_processes(device):
+    """(rank, world) of the processes that torchrun started; (0, 1) without it. Only the first one
+    speaks, errors aside. A dead peer ends the others: NCCL waits ten minutes, gloo half an hour."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        card = None
+        if device != "cpu" and torch.cuda.is_available():
+            card = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(card)                     # which "cuda" stands for from here on
+        dist.init_process_group("nccl" if card else "gloo", device_id=card)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank, world
 
 
-# ---- Command line
+def distribute(network, device):
+    """The network in DistributedDataParallel. On CUDA batch normalisation sees the whole batch:
+    each such layer makes the host wait for the device once a step (ICNet has 63)."""
+    cuda = device.type == "cuda"
+    if cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=not cuda)
 
-# What --quick puts in the place of the paper's values: seven minutes on two cores, chosen by trial.
-SHORT = dict(optimizer="AdamW", optimizer_args={}, weight_decay=0.1, schedule="poly", power=1.0,
+
+class StopRequest:
+    """Keeps the `number` of the first Ctrl-C, SIGTERM or SIGHUP (a lost connection), so that the
+    step is finished and saved; the second one ends the process at once. Several processes could
+    stop at different steps, so they just end and repeat the steps since the last validation."""
+
+    def __init__(self, world):
+        self.number = 0
+        for name in ("SIGINT", "SIGTERM", "SIGHUP") if world == 1 else ():
+            if hasattr(signal, name):                       # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), self.note)
+
+    def note(self, number, frame):
+        if self.number:
+            sys.exit(128 + number)
+        self.number = number
+
+
+def progress_bar(args, start, rank):
+    """Images done, images/s and time left: a bar on a terminal, else a line every 20 seconds."""
+    look = {}
+    if not sys.stderr.isatty():
+        line = "{n_fmt} of {total_fmt} images, {rate_fmt}, {remaining} left{postfix}\n"
+        look = dict(file=sys.stdout, mininterval=20, miniters=1, bar_format=line)
+    return tqdm(total=args.iterations * args.batch_size, initial=start * args.batch_size,
+                unit=" images", disable=rank > 0, **look)
+
+
+# ---- The study (paper, Section 3.1, and for the hourglass 4.1.3)
+
+STUDY = dict(           # the runs of the paper's tables
+    icnet=["", "--double-filters", "--augment", "--weighting w1-outer", "--weighting w1-direct",
+           "--weighting w2-outer", "--weighting w2-direct"],
+    segnet=["", "--double-filters", "--double-filters --augment",
+            "--double-filters --weighting w1-outer", "--double-filters --weighting w2-outer"],
+    hourglass=["", "--coarse-to-fine", "--joints surreal"])
+
+
+def study(args, argv, folder):
+    """The runs of the paper's tables, each a command line that goes on where it was stopped; their
+    table on the validation split, in `folder`. Then the best one, which for ICNet and SegNet trains
+    again for 90,000 / 40,000 of the steps, is tested."""
+    base = [word for word in argv if word not in ("--study", "--resume")]
+
+    def run_dir(options):
+        return str(folder / (options.replace("--", "").replace(" ", "-") or "normal"))
+
+    def command(options):
+        return [*base, "--augment", "none", *options.split(), "--out", run_dir(options), "--resume"]
+
+    def miou(options):
+        checkpoint, _ = evaluate.load_checkpoint(run_dir(options) + "/best.pt")
+        return checkpoint["best_miou"]
+
+    series = STUDY[args.model]
+    for options in series:                                  # what cannot work fails now
+        read_data(parse(command(options))[0])
+    for options in series:
+        main(command(options))
+    evaluate.main(["--ckpt", *map(run_dir, series), "--split", "val", "--out", str(folder)])
+    best = max(series, key=miou)
+    if args.model != "hourglass":
+        best += f" --iterations {round(args.iterations * 90000 / 40000)}"
+    main(command(best))
+    evaluate.main(["--ckpt", run_dir(best), "--out", str(folder / "test")])
+
+
+# ---- Settings and command line
+
+# A run's settings: OPTIONS and OTHERS, then the `recipe` in the network's file (the paper's
+# values), then QUICK with --quick, then what is typed; each overrides those before. See --help.
+OPTIONS = dict(         # name: (default, help)
+    data=("", "prepared folder; else data/surreal, or data/standin, which is made on first use"),
+    size=(0, "side of the images, a multiple of 32; 0: as prepared"),
+    double_filters=(False, "twice the filters of every layer"),
+    width=(1.0, "factor on the number of filters of every layer"),
+    variant=("basic", "segnet: basic, or vgg16, the full form"),
+    stacks=(4, "hourglass: number of modules, one after the other"),
+    features=(256, "hourglass: channels of a module"),
+    stem_stride=(1, "hourglass: 1, or 4, which works at a quarter of the size"),
+    coarse_to_fine=(False, "hourglass: its modules learn 2, 6, 12, then 25 classes"),
+    joints=("none", "hourglass: a training branch finds the data's joints, or parts' centroids"),
+    weighting=("none", "class weights, see Criterion"),
+    iterations=(0, "training steps"),
+    batch_size=(0, "images in a step, over all processes"),
+    lr=(0.0, "first learning rate"),
+    val_every=(200, "steps between validations"),
+    val_images=(500, "images of train and of val in a validation"),
+    bn_after=(0, "steps before batch normalisation starts to learn"),
+    init_from=("", "checkpoint whose weights are taken where they fit"),
+    seed=(0, "of first weights, order of images and augmentation"),
+    compile=(False, "torch.compile, for GPUs"),
+    out=("", "folder of a new run; else runs/, named after the options"),
+    quick=(False, "other settings: some minutes on a laptop's CPU"),
+    study=(False, "the paper's series of runs, in runs/<model>-study"))
+OTHERS = dict(          # without an entry above, or set by recipes alone
+    device="auto",
+    precision="auto",
+    workers=None,
+    augment=["none"],
+    resume=None,
+    optimizer_args={},
+    weight_decay=0.0,
+    warmup=0,
+    power=1.0,
+)
+SHORT = dict(optimizer="AdamW", optimizer_args={"fused": True}, weight_decay=0.1, schedule="poly",
              warmup=100, batch_size=8, val_images=200, augment=["mirror"])
-QUICK = dict(
+QUICK = dict(           # some minutes on two cores, found by trial
     icnet=SHORT | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
     segnet=SHORT | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
-    hourglass=SHORT | dict(size=96, lr=0.005, iterations=4500, val_every=750, stacks=1,
-                           features=128, stem_stride=4, joints_from=1, joints_modules=1))
-DEFAULTS = dict(optimizer_args={}, weight_decay=0.0, warmup=0, power=1.0, val_every=200,
-                val_images=500, data="", init_from="", out="", resume="")   # if no recipe differs
-MAY_CHANGE = {*"workers device precision compile iterations out resume data".split()}  # --resume
-SET_BY_STUDY = {"width", "double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
+    hourglass=SHORT | dict(size=96, stacks=1, features=128, stem_stride=4, lr=0.005,
+                           iterations=4500, val_every=750))
+WEIGHTINGS = ["none", "w1-outer", "w1-direct", "w2-outer", "w2-direct"]
+CHOICES = dict(
+    variant=["basic", "vgg16"],
+    stem_stride=[1, 4],
+    joints=["none", "surreal", "centroids"],
+    weighting=WEIGHTINGS,
+)
+LOWEST = dict(width=0.001, size=0, lr=0, bn_after=0, seed=0, workers=0)     # of others, 1
+MAY_CHANGE = {"workers", "device", "precision", "compile", "iterations", "out", "resume", "data"}
+SET_BY_STUDY = {"double_filters", "weighting", "augment", "coarse_to_fine", "joints"}
 
 
 def build_parser():
-    recipes = "; ".join(f"{model}: {network.recipe}" for model, network in MODELS.items())
+    """Options without defaults, so that what was typed can be told from what was not."""
+    recipes = {model: network.recipe for model, network in MODELS.items()}
     parser = evaluate.Parser(prog="train.py", description=__doc__.split("\n\n")[0],
-                             epilog=f"Defaults for each model: {recipes}; else {DEFAULTS}")
-    parser.add_argument("--model", choices=sorted(MODELS), default=SUPPRESS, help="the network")
-    add = parser.add_argument_group("data, network").add_argument
-    add("--data", default=SUPPRESS, help="prepared folder; else data/surreal or data/standin")
-    add("--size", type=int, default=0, help="side of the images, a multiple of 32; 0: as prepared")
-    add("--double-filters", action="store_true", help="twice the filters of every layer: --width 2")
-    add("--width", type=float, default=1.0, help="factor on the number of filters of every layer")
-    add("--variant", choices=("basic", "vgg16"), default="basic", help="segnet: small or full form")
-    add("--stacks", type=int, default=4, help="hourglass: number of modules, one after the other")
-    add("--features", type=int, default=256, help="hourglass: channels of a module")
-    add("--stem-stride", type=int, choices=(1, 2, 4), default=1, help="hourglass: 4 works at 1/4")
-    add("--coarse-to-fine", action="store_true", help="hourglass: 2, 6, 12, then 25 classes")
-    add("--joints", choices=("none", "surreal", "centroids"), default="none",
-        help="hourglass: a training branch finds the data's joints or the centres of the parts")
-    add("--joints-from", type=int, default=2, help="hourglass: module that feeds that branch")
-    add("--joints-modules", type=int, default=2, help="hourglass: modules of the joints' branch")
-    add("--checkpoint-activations", action="store_true", help="hourglass: less memory, more time")
-    add = parser.add_argument_group("loss, augmentation, optimisation").add_argument
-    add("--weighting", choices=WEIGHTINGS, default="none", help="class weights, see Criterion")
-    add("--augment", nargs="*", default=["none"], choices="mirror scale naive-mirror none".split(),
-        help="alone: mirror and scale; naive-mirror does not swap the labels of left and right")
-    add("--iterations", type=int, default=SUPPRESS, help="training steps")
-    add("--batch-size", type=int, default=SUPPRESS, help="images in a step, over all processes")
-    add("--lr", type=float, default=SUPPRESS, help="first learning rate")
-    add("--val-every", type=int, default=SUPPRESS, help="steps between validations")
-    add("--val-images", type=int, default=SUPPRESS, help="images of train and val in a validation")
-    add("--bn-after", type=int, default=0, help="steps before batch normalisation starts to learn")
-    add("--init-from", default=SUPPRESS, metavar="CKPT", help="start with a checkpoint's weights")
-    add("--seed", type=int, default=0, help="of first weights, order of images and augmentation")
-    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile, for GPUs")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default=SUPPRESS, help="folder of a new run; else runs/, named after options")
-    add("--resume", nargs="?", const="newest", default=SUPPRESS, metavar="DIR",
-        help="continue a run (the newest); with --model and --out, start it where there is none")
-    add("--quick", action="store_true", help="other defaults: some minutes on a laptop's CPU")
-    add("--study", action="store_true", help="the paper's series of runs, in runs/<model>-study")
-    add("--final-iterations", type=int, default=0, help="steps of a study's last run; 0: 90,000")
+                             argument_default=SUPPRESS,
+                             epilog=f"Recipes: {recipes}; --quick: {QUICK}; others: {OTHERS}")
+    add = parser.add_argument
+    add("--model", choices=sorted(MODELS), help="the network")
+    for name, (default, text) in OPTIONS.items():
+        option = "--" + name.replace("_", "-")
+        if default is False:
+            add(option, action="store_true", help=text)
+        else:
+            add(option, type=type(default), choices=CHOICES.get(name), help=text)
+    add("--augment", nargs="*", choices=["mirror", "scale", "colour", "none"],
+        help="alone: mirror and scale, the paper's")
+    add("--resume", nargs="?", const="", metavar="DIR",
+        help="go on with that run; alone: with the newest unfinished one; with --model and --out: "
+             "with the run in --out, or begin it there")
     return parser
 
 
-def parse(argv):
-    """(options, run folder, checkpoint to continue or None). Raises Problem."""
-    parser = build_parser()
-    typed, checkpoint = vars(parser.parse_args(argv)), None     # to learn the model; again below
-    model, resume, study = typed.get("model"), typed.get("resume"), typed["study"]
-    name = [Path(word.lstrip("-")).name for word in argv if word not in ("--model", "--resume")]
-    run_dir = Path(typed.get("out", f"runs/{model}-study" if study else f"runs/{'-'.join(name)}"))
-    if resume and not study:
-        searched = run_dir if model or "out" in typed else "runs"
-        run_dir = Path(searched if resume == "newest" else resume)
-        if not model or run_dir.is_file() or (run_dir / "last.pt").is_file():
-            path = evaluate.find_checkpoint(run_dir, "last.pt")
-            checkpoint, run_dir = evaluate.load_checkpoint(path)[0], path.parent
-            model = checkpoint["model"]
-    elif not model:
+def find_run(typed, argv):
+    """(run folder, checkpoint to go on from or None) of the typed options. Raises Problem."""
+    model, out, resume = map(typed.get, ("model", "out", "resume"))
+    study = typed.get("study")
+    if not model and (study or resume is None):
         raise Problem(f"--model is missing: {', '.join(sorted(MODELS))}")
-    elif run_dir.exists() and not study:
-        raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts another")
-    own = inspect.signature(MODELS[model]).parameters.keys()
-    others = set().union(*(inspect.signature(kind).parameters for kind in MODELS.values())) - own
-    for option in (others & typed.keys()) | (SET_BY_STUDY if study else set()):
-        if typed[option] != parser.get_default(option):
-            raise Problem(f"--{option.replace('_', '-')} is no option of {model}"
-                          f"{' --study' if study else ''}: leave it out")
-    if typed["double_filters"] and typed["width"] != 1:
-        raise Problem("--double-filters is --width 2: give one of the two")
+    if study:
+        return Path(out or f"runs/{model}-study"), None
+    if resume is None:
+        words = [Path(word.lstrip("-")).name for word in argv if word != "--model"]
+        run_dir = Path(out or "runs/" + "-".join(words)[:80])
+        if run_dir.exists():
+            raise Problem(f"{run_dir} exists: --resume {run_dir} goes on, --out starts another")
+        return run_dir, None
+    if (resume and out) or (model and not resume and not out):
+        raise Problem("--resume DIR goes on with DIR; --resume alone with the newest unfinished "
+                      "run; --model with --out DIR and --resume goes on with DIR or begins it")
+    run_dir = Path(resume or out or newest_unfinished())
+    if model and out and not (run_dir / "last.pt").exists():
+        return run_dir, None
+    checkpoint, _ = evaluate.load_checkpoint(run_dir / "last.pt")
+    return run_dir, checkpoint
+
+
+def newest_unfinished():
+    """The folder of the newest run below runs/ that has steps left. Raises Problem for none."""
+    for path in evaluate.newest("runs", "last.pt"):
+        checkpoint, _ = evaluate.load_checkpoint(path)
+        if checkpoint["step"] < checkpoint["settings"]["iterations"]:
+            return path.parent
+    raise Problem("no run below runs/ is unfinished: --resume DIR --iterations N prolongs one")
+
+
+def complete(typed, checkpoint):
+    """All settings, as a Namespace: typed ones, and what they leave open; of a run that goes on,
+    those that it began with. Raises Problem where the two differ."""
+    if typed.get("augment") == []:
+        typed["augment"] = ["mirror", "scale"]
     if checkpoint:
-        parser.set_defaults(**checkpoint["settings"])
-    else:
-        quick = QUICK.get(model, {}) if typed["quick"] else {}
-        parser.set_defaults(**DEFAULTS | MODELS[model].recipe | quick)
-        if quick:
-            print("--quick:", quick, "where no option says otherwise")
-    args = parser.parse_args(argv)                          # now with that model's defaults
-    args.augment = args.augment or ["mirror", "scale"]
-    if args.double_filters and not checkpoint:
-        args.width *= 2
-    if min(args.batch_size, args.val_every, args.val_images, args.stacks, args.joints_from,
-           args.joints_modules, args.size + 1, args.workers + 1, args.seed + 1, args.lr >= 0) < 1:
-        raise Problem("--val-every and counts start at 1, --lr, --size, --workers, --seed at 0")
+        began = checkpoint["settings"]
+        for name in typed.keys() - MAY_CHANGE:
+            if typed[name] != began[name]:
+                raise Problem(f"this run began with {name} {began[name]}: leave the option out, "
+                              "or start another run with --out")
+        return Namespace(**began | typed)
+    model = typed["model"]
+    defaults = {name: default for name, (default, _) in OPTIONS.items()}
+    settings = defaults | OTHERS | MODELS[model].recipe
+    if typed.get("quick"):
+        quick = QUICK.get(model, SHORT)
+        settings |= quick
+        print("--quick:", quick, "where no option says otherwise")
+    return Namespace(**settings | typed)
+
+
+def check_options(args, typed):
+    """Raises Problem for values and combinations that cannot work, before anything is made."""
+    for name, value in typed.items():
+        option = "--" + name.replace("_", "-")
+        lowest = LOWEST.get(name, 1)
+        if isinstance(value, (int, float)) and not lowest <= value < 2 ** 63:   # nor nan, inf
+            raise Problem(f"{option} {value}: it starts at {lowest}")
+        if ONLY.get(name, args.model) != args.model:
+            raise Problem(f"{option} is no option of {args.model}: leave it out")
+        if args.study and name in SET_BY_STUDY:
+            raise Problem(f"{option} is set by each run of --study: leave it out")
     if args.size % 32:
-        raise Problem(f"--size {args.size} is no multiple of 32: {args.size // 32 * 32 + 32} is")
-    if (args.coarse_to_fine or study and model == "hourglass") and args.stacks == 1:
-        raise Problem("coarse-to-fine labels need --stacks 2 or more (--quick has one)")
-    if int(os.environ.get("WORLD_SIZE", 1)) > (1 if study else args.batch_size):
-        raise Problem("torchrun: --batch-size is at least the processes; --study runs in one")
-    if args.init_from and not checkpoint:
-        evaluate.load_checkpoint(evaluate.find_checkpoint(args.init_from))
+        raise Problem(f"--size {args.size} is no multiple of 32, such as 96, 192 or 320")
+    if args.coarse_to_fine and args.stacks == 1:
+        raise Problem("--coarse-to-fine needs --stacks 2 or more (--quick has one)")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and (args.study or world > args.batch_size or ":" in args.device):
+        raise Problem("torchrun: no --study, no --device with a number, and --batch-size at least "
+                      "the number of processes")
+
+
+def parse(argv):
+    """(args, run folder, checkpoint to go on from or None) of a command line. Raises Problem."""
+    typed = vars(build_parser().parse_args(argv))
+    run_dir, checkpoint = find_run(typed, argv)
+    args = complete(typed, checkpoint)
+    check_options(args, typed)
+    if args.init_from:
+        evaluate.find_checkpoint(args.init_from)            # fail before data are rendered
     return args, run_dir, checkpoint
 
 
-def start(argv):
-    """From the command line to a finished run. Returns the exit status."""
+def main(argv):
+    """From the command line to a finished run. Returns the exit status 0, or raises Problem."""
     args, run_dir, checkpoint = parse(argv)
     if args.study:
-        study(args, run_dir)
-    else:
+        study(args, argv, run_dir)
+        return 0
+    if checkpoint and checkpoint["step"] >= args.iterations:
+        print(f"{run_dir} is finished: --resume {run_dir} --iterations N prolongs it")
+        return 0
+    try:
         train(args, run_dir, checkpoint)
+    except Exception as error:
+        if "more than 1 value per channel" in str(error):
+            raise Problem("batch normalisation needs more than one value: raise --batch-size or "
+                          "--size") from error
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = str(error).splitlines()[0]
+            raise Problem(f"--compile failed ({reason}): leave it out") from error
+        raise
     return 0
 
 
 if __name__ == "__main__":
-    evaluate.run_command("train.py", lambda: start(sys.argv[1:]))
+    evaluate.run_command("train.py", lambda: main(sys.argv[1:]))

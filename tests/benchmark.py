@@ -1,11 +1,12 @@
 """Measures what the README's section "Speed" says. Run by a person; pytest does not collect it.
 
-    python tests/benchmark.py [networks] [prepare]     none: both, some ten minutes
+    python tests/benchmark.py [networks] [onnx] [reading] [prepare]     none: all, some 15 minutes
 
 What is compared takes turns in one process, since the speed of a shared machine drifts. On a GPU
 batches are the paper's, and the card's own rate of bf16 matrix products is the measure.
 """
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,70 +50,153 @@ def side_by_side(ways, seconds=4):
 
 def build(model, options, batch, device, precision, ours, compiled=False):
     """(inference, training step). Plain is float32, NCHW and eager; ours is as in train.py."""
-    layout = torch.channels_last if ours else torch.contiguous_format
-    network = evaluate.MODELS[model](**options).to(device, memory_format=layout)
+    network = evaluate.MODELS[model](**options)
+    layout = torch.contiguous_format
+    criterion = tiny.criterion
+    if ours:
+        layout = evaluate.layout(network, device, precision)
+        criterion = train.Criterion(CLASSES, device=device)
+    network.to(device, memory_format=layout)
     images = torch.randint(256, (batch, 3, SIZE, SIZE), device=device, dtype=torch.uint8)
-    normalised = evaluate.normalise(images, CLASSES).contiguous(memory_format=layout)
+    normalised = evaluate.normalise(images, CLASSES, layout)
     labels = torch.randint(25, (batch, SIZE, SIZE), device=device, dtype=torch.uint8)
-    criterion = train.Criterion(CLASSES, device=device) if ours else tiny.criterion
     optimizer = getattr(torch.optim, network.recipe["optimizer"])(network.parameters(), lr=1e-5)
     known = dict(classes=CLASSES, settings={}, logit_weights=None)
-    predict = evaluate.Predictor(known, network, device, precision) if ours else None
+    predict = evaluate.Predictor(known, network, device, precision)
     if compiled:
         network.compile()
 
     def infer():
         network.eval()
         with torch.no_grad():
-            first = predict(images, (SIZE, SIZE))[0] if ours else network(normalised).argmax(1)
-        first[0, 0, 0].item()
+            if ours:
+                prediction, _ = predict(images, (SIZE, SIZE))
+            else:
+                prediction = network(normalised).argmax(1)
+        prediction[0, 0, 0].item()                          # waits for a GPU
 
     def step():
         network.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=ours and precision == "bf16"):
+        with evaluate.autocast(device, precision if ours else "fp32"):
             outputs = network(normalised)
         total, _ = network.loss(outputs, dict(labels=labels), criterion)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
-        total.item()                                        # waits for a GPU
+        total.item()
 
     return infer, step
 
 
 def networks(options):
-    """Images/s of the three networks, plain and ours; on a GPU its use and memory too."""
+    """Images/s of the networks, plain and ours; on a GPU also compiled, its memory and its use,
+    and the hours of the paper's steps, bound by compute or by reading."""
     device, precision = evaluate.pick_device()
-    cuda, where = device.type == "cuda", f"CPU, {torch.get_num_threads()} threads"
-    rows = [["network", "batch", "inference: plain", "ours", "ratio", "training: plain", "ours",
-             "ratio", *(["share of the matrix rate", "peak GiB"] if cuda else [])]]
+    cuda = device.type == "cuda"
+    where = f"CPU, {torch.get_num_threads()} threads"
     if cuda:
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         rate = 2 * 8192 ** 3 / side_by_side({"": lambda: (a @ a)[0, 0].item()})[""]
         where = f"{torch.cuda.get_device_name()}, {rate / 1e12:.0f} TFLOP/s in a matrix product"
+    reading_rate = read_rate(SIZE, evaluate.reader_count(None, device))
+    rows = []
     for model, kwargs, batch in NETWORKS:
         name = " ".join([model, *(f"{key} {value}" for key, value in kwargs.items())])
-        batch = evaluate.MODELS[model].recipe["batch_size"] if cuda else batch
+        recipe = evaluate.MODELS[model].recipe
+        if cuda:
+            batch = recipe["batch_size"]
         if options.only not in name or not batch:
             continue
-        rows.append([name, batch])
-        for pair in zip(build(model, kwargs, batch, device, precision, ours=False),
-                        build(model, kwargs, batch, device, precision, True, options.compile)):
-            seconds = side_by_side(dict(zip(("plain", "ours"), pair)))
-            rows[-1] += [f"{batch / value:.2f}" for value in seconds.values()]
-            rows[-1] += [f"**{seconds['plain'] / seconds['ours']:.1f}**"]
+        ways = {"plain": build(model, kwargs, batch, device, precision, ours=False)}
+        ways["ours"] = build(model, kwargs, batch, device, precision, ours=True)
         if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            pair[1]()                                       # a training step of ours; of plain:
+            ways["compiled"] = build(model, kwargs, batch, device, precision, True, compiled=True)
+        row = {"network": name, "batch": batch}
+        for index, work in enumerate(("inference", "training")):
+            seconds = side_by_side({way: pair[index] for way, pair in ways.items()})
+            for way, value in seconds.items():
+                row[f"{work}: {way}"] = f"{batch / value:.2f}"
+            row[f"{work}: ratio"] = f"**{seconds['plain'] / seconds['ours']:.1f}**"
+        images = recipe["iterations"] * recipe["batch_size"]
+        fastest = min(seconds.values())
+        row["hours: compute"] = f"{images * fastest / batch / 3600:.1f}"
+        row["hours: reading"] = f"{images / reading_rate / 3600:.1f}"
+        if cuda:
             with FlopCounterMode(display=False) as flops:
-                pair[0]()
-            rows[-1] += [f"{100 * flops.get_total_flops() / seconds['ours'] / rate:.0f} %",
-                         f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"]
-    print(f"\n### Networks at {SIZE}x{SIZE}, images/s: plain (float32, NCHW), ours ({precision}, "
-          f"channels last{', compiled' * options.compile}), {where}\n\n{evaluate.markdown(rows)}")
+                ways["plain"][1]()
+            row["share of the matrix rate"] = f"{flops.get_total_flops() / fastest / rate:.0%}"
+            ours = ways["ours"]
+            ways.clear()                                    # frees the others before it counts
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            ours[1]()
+            row["peak GiB"] = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"
+        rows.append(row)
+    table = evaluate.markdown([rows[0], *(row.values() for row in rows)])
+    print(f"\n### Networks at {SIZE}x{SIZE}, images/s: plain (float32, NCHW), ours ({precision}), "
+          f"{where}\n\n{table}")
 
 
-# ---- Preparation, by the command line of prepare_surreal.py
+def onnx(options):
+    """Images/s of one picture at a time in float32: plain, ours, and ONNX Runtime."""
+    try:
+        import onnxruntime
+    except ImportError:
+        print("\n### ONNX Runtime is not installed: pip install onnx onnxscript onnxruntime")
+        return
+    rows = [["network", "ours, fp32", f"ONNX Runtime {onnxruntime.__version__}", "ratio"]]
+    cpu = torch.device("cpu")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    for model, kwargs in ("icnet", {}), ("segnet", {}), (
+            "hourglass", dict(stacks=1, features=128, stem_stride=4)):
+        network = evaluate.MODELS[model](**kwargs).eval()
+        images = torch.randint(256, (8, 3, SIZE, SIZE), dtype=torch.uint8)
+        normalised = evaluate.normalise(images, CLASSES, torch.contiguous_format)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.onnx.export(network, (normalised,), f"{folder}/x.onnx", dynamo=True,
+                              verbose=False)
+            session = onnxruntime.InferenceSession(f"{folder}/x.onnx", settings)
+        name = session.get_inputs()[0].name
+        known = dict(classes=CLASSES, settings={}, logit_weights=None)
+        predict = evaluate.Predictor(known, network, cpu, "fp32")
+
+        def runtime():
+            logits = session.run(None, {name: evaluate.normalise(images, CLASSES).numpy()})[0]
+            torch.from_numpy(logits).max(1)
+
+        ways = dict(ours=lambda: predict(images, (SIZE, SIZE)), runtime=runtime)
+        seconds = side_by_side(ways, 8)
+        rows.append([model, *(f"{8 / value:.1f}" for value in seconds.values()),
+                     f"**{seconds['runtime'] / seconds['ours']:.2f}**"])
+    print(f"\n### Batches of 8 at {SIZE}x{SIZE}, images/s, {torch.get_num_threads()} threads\n\n"
+          f"{evaluate.markdown(rows)}")
+
+
+# ---- Reading and preparation
+
+def read_rate(size, workers, count=400):
+    """Images/s that the readers alone deliver, of 320 x 320 JPEGs and their labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.write_prepared(folder, frames=count, size=SIZE, splits=["train"], joints=False)
+        split = evaluate.Split(folder, "train", evaluate.read_classes(folder), size,
+                               labels_at_size=True)
+        chunks = np.arange(count).reshape(-1, 8).tolist()
+        batches = evaluate.reader(split, chunks, workers, torch.device("cpu"), persistent=workers)
+        list(batches)                                       # the processes have started
+        start = time.perf_counter()
+        list(batches)
+        return count / (time.perf_counter() - start)
+
+
+def reading(options):
+    """Images/s of reading alone, for 1, 2 and all cores."""
+    rows = [["side", *(f"{workers} workers" for workers in (1, 2, os.cpu_count()))]]
+    for size in SIZE, 96:
+        rows.append([size, *(f"{read_rate(size, workers):.0f}"
+                             for workers in (1, 2, os.cpu_count()))])
+    print(f"\n### Reading 320 x 320 JPEGs and labels, images/s\n\n{evaluate.markdown(rows)}")
+
 
 POSES = """
 import time, numpy as np, prepare_surreal
@@ -152,9 +237,9 @@ def prepare(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["networks", "prepare"], help="which")
+    parser.add_argument("parts", nargs="*", default=["networks", "onnx", "reading", "prepare"],
+                        help="which")
     parser.add_argument("--only", default="", help="networks whose name has these letters")
-    parser.add_argument("--compile", action="store_true", help="networks: ours with torch.compile")
     parser.add_argument("--workers", type=int, default=2, help="prepare: processes")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True                   # as train.py on a GPU

@@ -121,11 +121,11 @@ class Hostile:
 
 def checkpoints(place, data, rng):
     last = place / "run" / "last.pt"
-    call(train.start, command(data, place / "run"))
+    call(train.main, command(data, place / "run"))
     whole, good = last.read_bytes(), torch.load(last, weights_only=True)
     for size in [0, 1, len(whole) - 1] + [rng.randrange(len(whole)) for _ in range(40)]:
         last.write_bytes(whole[:size])
-        status, errors = call(train.start, ["--resume", place / "run", "--iterations", "6"])
+        status, errors = call(train.main, ["--resume", place / "run", "--iterations", "6"])
         tally("last.pt cut off at any byte: one sentence",
               one_sentence(status, errors, last), f"at {size}: {status} {errors}")
     contents = [Hostile(), [Hostile()], good | {"weights": good["weights"] | {"x": Hostile()}}]
@@ -135,8 +135,8 @@ def checkpoints(place, data, rng):
             if form != "pickle":
                 torch.save(content, last, _use_new_zipfile_serialization=form == "zip")
             for function, argv in (
-                    (evaluate.main, ["--ckpt", last]), (train.start, ["--resume", place / "run"]),
-                    (train.start, command(data, place / "new", "--init-from", str(last)))):
+                    (evaluate.main, ["--ckpt", last]), (train.main, ["--resume", place / "run"]),
+                    (train.main, command(data, place / "new", "--init-from", str(last)))):
                 status, errors = call(function, argv)
                 held = one_sentence(status, errors, last) and not os.path.exists(Hostile.proof)
                 tally("a stranger's pickle: nothing runs, one sentence", held, errors)
@@ -148,7 +148,7 @@ def options(place, data, rng):
     accepted, train.train = [], lambda *_: accepted.append(1)           # options alone are tried
     for module, fixed in ((train, ["--data", "x"]), (evaluate, ["--ckpt", "x"]),
                           (prepare_surreal, ["--raw", "x"])):
-        function = train.start if module == train else module.main
+        function = train.main if module == train else module.main
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             function(["--help"])
         known = {word.strip("[],") for word in text.getvalue().split() if word.startswith("[--")}

@@ -539,7 +539,6 @@ def test_pictures_without_a_partner_or_too_few_are_one_sentence(edit, says, tmp_
 
 
 def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "av", av, raising=False)
     out = tmp_path / "standin"
     options = ["--synthesize", "--out", out, "--frames", 1, "--size", 64, "--workers", 0]
     assert run(*options, "--clips", 2) == 0

@@ -1,12 +1,12 @@
 """train.py: weights and losses by hand, augmentation on small pictures, the order of frames, and
 runs through the command line, among them killed ones that have to end like undisturbed ones."""
-import argparse
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,28 @@ import train
 from evaluate import IGNORE, Problem
 from tiny import NAMES, write_prepared
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("prepared") / "tiny")
 
 
-def command(data, out, *more, model="segnet", iterations=2):
+def command(data, out, more="", model="segnet", iterations=2):
+    """A small run; what `more` repeats replaces what stands before it."""
+    network = "--width 0.25"
     if model == "hourglass":
-        more = ("--stacks", "2", "--features", "16", "--stem-stride", "4", "--width", "1", *more)
-    return ["--model", model, "--data", str(data), "--out", str(out), "--width", "0.25",
-            "--iterations", str(iterations), "--batch-size", "4", "--val-every", "2",
-            "--val-images", "4", "--workers", "0", "--precision", "fp32", *more]
+        network = "--stacks 2 --features 16 --stem-stride 4"
+    words = (f"--model {model} {network} --data {data} --out {out} --iterations {iterations} "
+             f"--batch-size 4 --val-every 2 --val-images 4 --workers 0 --precision fp32 {more}")
+    return words.split()
+
+
+def trained(data, out, more="", **options):
+    """last.pt of a small run."""
+    assert train.main(command(data, out, more, **options)) == 0
+    return load(out)
 
 
 def started(argv, *torchrun):
@@ -36,8 +47,10 @@ def started(argv, *torchrun):
     process = subprocess.Popen(
         [sys.executable, *torchrun, train.__file__, *argv], start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    last = Path(argv[argv.index("--out") + 1]) / "last.pt"
-    while process.poll() is None and not (last.exists() and load(last.parent)["step"]):
+    folder = Path(argv[argv.index("--out") + 1])
+    while process.poll() is None:
+        if (folder / "last.pt").exists() and load(folder)["step"]:
+            break
         time.sleep(0.02)
     return process
 
@@ -46,17 +59,20 @@ def refused(argv, capsys):
     """The one sentence that a command ends with, with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        evaluate.run_command("train.py", lambda: train.start([str(word) for word in argv]))
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and len(error.splitlines()) == 1
+        evaluate.run_command("train.py", lambda: train.main(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
     return error
 
 
 def stop_in(owner, name, monkeypatch, argv):
     """Starts a run that ends like a killed one when it calls owner.name."""
+    def killed(*inputs, **options):
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        train.start(argv)
+        patch.setattr(owner, name, killed)
+        train.main(argv)
 
 
 def load(folder, name="last.pt"):
@@ -65,256 +81,403 @@ def load(folder, name="last.pt"):
 
 def same_end(one, other):
     """Whether two runs have equal weights, rows and best checkpoints."""
-    same = []
-    for a, b in ((load(one, name), load(other, name)) for name in ("last.pt", "best.pt")):
-        same += [a[key] == b[key] for key in ("rows", "step", "best_miou")]
-        same += [torch.equal(value, b["weights"][key]) for key, value in a["weights"].items()]
-    return all(same)
+    for name in "last.pt", "best.pt":
+        a, b = load(one, name), load(other, name)
+        for key in "rows", "step", "best_miou", "scaler":
+            assert a[key] == b[key]
+        for key, value in a["weights"].items():
+            assert torch.equal(value, b["weights"][key])
 
+
+# ---- Weights and losses
 
 def test_class_weights_by_hand():
     # C = 80, 15, 5 of 100. W2: B = 1, 16/3, 16; mean 67/9, population std 6.3026.
-    counts = torch.tensor([80, 15, 5], dtype=torch.float64)
-    assert train.class_weights(counts, "w1").tolist() == pytest.approx([0.20, 0.85, 0.95])
-    expected = np.array([1.2912, 5.7994, 11.3964])          # B exp(-(B - 7.4444) / 25.2106)
-    assert train.class_weights(counts, "w2").numpy() == pytest.approx(expected / 11.3964, rel=1e-4)
-    assert train.class_weights(0 * counts + 7, "w2").tolist() == [1, 1, 1]
+    pixels = torch.tensor([80.0, 15.0, 5.0]).double()
+    assert train.class_weights(pixels, "w1").tolist() == pytest.approx([0.20, 0.85, 0.95])
+    damped = np.array([1.2912, 5.7994, 11.3964])            # B exp(-(B - 7.4444) / 25.2106)
+    weights = train.class_weights(pixels, "w2").numpy()
+    assert weights == pytest.approx(damped / 11.3964, rel=1e-4)
+    assert train.class_weights(0 * pixels + 7, "w2").tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("weighting", train.WEIGHTINGS)
 def test_losses_against_numpy(weighting):
-    rng, pixels = np.random.default_rng(0), [700, 200, 60, 40]
-    x, labels = rng.normal(size=(4, 30)).astype(np.float32), rng.integers(0, 4, 30).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    pixels = [700, 200, 60, 40]
+    logits = rng.normal(size=(4, 30)).astype(np.float32)
+    labels = rng.integers(0, 4, 30).astype(np.uint8)
     scheme, _, form = weighting.partition("-")
-    w = train.class_weights(torch.tensor(pixels).double(), scheme).numpy() if form else np.ones(4)
-    scaled = x * w[:, None] if form == "direct" else x
-    losses = np.log(np.exp(scaled).sum(0)) - scaled[labels, range(30)]
-    losses = (losses * w[labels] if form == "outer" else losses)[2:]
+    w = train.class_weights(torch.tensor(pixels).double(), scheme).numpy()
+    x = logits * w[:, None] if form == "direct" else logits
+    losses = np.log(np.exp(x).sum(0)) - x[labels, range(30)]
+    if form == "outer":
+        losses = losses * w[labels]
     labels[:2] = IGNORE
     criterion = train.Criterion({"pixels": pixels, "names": list("abcd")}, weighting)
-    ours = criterion(torch.tensor(x).view(1, 4, 5, 6), torch.tensor(labels).view(1, 5, 6))
-    assert ours.item() == pytest.approx(losses.mean(), rel=1e-5)
+    images = torch.tensor(logits).view(1, 4, 5, 6)
+    ours = criterion(images, torch.tensor(labels).view(1, 5, 6))
+    assert ours.item() == pytest.approx(losses[2:].mean(), rel=1e-5)
 
 
 def test_labels_shrink_by_cell_centres_and_coarser_ids_add_up_pixels_before_the_weights():
     fine = train.Criterion({"pixels": [700, 200, 60, 40], "names": list("abcd")}, "w2-outer")
     coarse = train.Criterion({"pixels": [700, 300], "names": list("ab")}, "w2-outer")
-    logits, levels = torch.randn(1, 2, 2, 2).requires_grad_(), torch.tensor([0, 1, 1, 1])
-    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    logits = torch.randn(1, 2, 2, 2).requires_grad_()
+    levels = torch.tensor([0, 1, 1, 1])
+    labels = torch.zeros(1, 8, 8).byte()
     labels[0, 2::4, 2::4] = torch.tensor([[0, 1], [3, IGNORE]])     # next to 4x4 cells' centres
-    merged = torch.tensor([[[0, 1], [1, IGNORE]]], dtype=torch.uint8)
+    merged = torch.tensor([[[0, 1], [1, IGNORE]]]).byte()
     assert torch.isclose(fine(logits, labels, levels), coarse(logits, merged))
-    nothing = fine(logits, torch.full_like(labels, IGNORE), levels)
+    nothing = fine(logits, 0 * labels + IGNORE, levels)
     nothing.backward()
-    assert nothing.item() == 0 and logits.grad.abs().max() == 0
+    assert nothing.item() == 0
+    assert logits.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("model, weighting, heads", [
-    ("icnet", "none", "head16 head8 head4"), ("segnet", "w2-outer", "classifier"),
-    ("icnet", "w1-direct", "head4"),
-    ("hourglass", "w2-direct", "stages.0.predict stages.1.predict")])
+    ("icnet", "none", 3),
+    ("segnet", "w2-outer", 1),
+    ("icnet", "w1-direct", 3),
+    ("hourglass", "w2-direct", 2),
+])
 def test_heads_start_at_the_prior(data, tmp_path, monkeypatch, model, weighting, heads):
-    more = ["--coarse-to-fine"] if model == "hourglass" else []
-    argv = command(data, tmp_path / "run", "--weighting", weighting, *more, model=model)
-    stop_in(evaluate, "stream", monkeypatch, argv)
+    more = f"--weighting {weighting}"
+    if model == "hourglass":
+        more += " --coarse-to-fine"
+    argv = command(data, tmp_path / "run", more, model=model)
+    stop_in(evaluate, "reader_count", monkeypatch, argv)    # before anything is made
+    assert not (tmp_path / "run").exists()
+    stop_in(train, "progress_bar", monkeypatch, argv)
+    checkpoint, network = evaluate.load_checkpoint(tmp_path / "run" / "last.pt")
     scheme, _, form = weighting.partition("-")
-    pixels = np.array(evaluate.read_classes(data)["pixels"], float)
-    body = np.array([pixels[0], pixels[1:].sum()])          # what the first of two modules learns
-    for head in heads.split():
-        C = body if head == "stages.0.predict" else pixels
-        w = train.class_weights(torch.tensor(C), scheme).double().numpy() if form else 1
-        expected = (C + 1) * (w if form == "outer" else 1)
-        bias = load(tmp_path / "run")["weights"][f"{head}.bias"].double().numpy()
-        found = np.exp(bias * w if form == "direct" else bias)
-        assert (load(tmp_path / "run")["logit_weights"] is None) == (form != "direct")
-        assert found / found.sum() == pytest.approx(expected / expected.sum(), rel=1e-3)
+    assert (checkpoint["logit_weights"] is None) == (form != "direct")
+    pixels = torch.tensor(evaluate.read_classes(data)["pixels"]).double()
+    body = torch.stack([pixels[0], pixels[1:].sum()])       # what the first of two modules learns
+    assert len(network.heads) == heads
+    for head, _ in network.heads:
+        C = body if len(head.bias) == 2 else pixels
+        w = train.class_weights(C, scheme).double()
+        expected = (C + 1) * w if form == "outer" else C + 1
+        bias = head.bias.detach().double()
+        found = torch.exp(bias * w if form == "direct" else bias)
+        assert torch.allclose(found / found.sum(), expected / expected.sum(), rtol=1e-3)
 
 
-def test_mirror_swaps_sides_unless_naive_and_twice_is_the_identity(data):
-    classes, chosen = evaluate.read_classes(data), torch.tensor([True])
-    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    labels[0, 1, 0], labels[0, 3, 3] = 21, IGNORE           # a left hand, and its joint on it
-    joints = torch.full((1, 24, 2), -9.0)
-    joints[0, 20] = torch.tensor([0.0, 1.0])
-    batch = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), labels, joints
-    once = images, labels, joints = train.mirror_batch(*batch, chosen, classes)
-    assert labels[0, 1].tolist() == [0, 0, 0, 22] and labels[0, 3, 0] == IGNORE
-    assert images[0, 0, 0].tolist() == [3, 2, 1, 0] and joints[0, 21].tolist() == [3.0, 1.0]
-    twice, never = (train.mirror_batch(*inputs, classes) for inputs in (
-        (*once, chosen), (*batch, ~chosen)))
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(batch, twice, never))
-    _, labels, joints = train.mirror_batch(*batch, chosen, classes, swap=False)
-    assert labels[0, 1].tolist() == [0, 0, 0, 21] and joints[0, 20].tolist() == [3.0, 1.0]
+# ---- Augmentation and the order of frames
+
+def test_mirror_swaps_sides_and_twice_is_the_identity(data):
+    """Of two alike samples, the first one is chosen."""
+    classes = evaluate.read_classes(data)
+    chosen = torch.tensor([True, False])
+    images = torch.arange(16).byte().expand(2, 3, 16).reshape(2, 3, 4, 4)
+    labels = torch.zeros(2, 4, 4).byte()
+    labels[:, 1, 0] = 21                                    # a left hand, and its joint on it
+    labels[:, 3, 3] = IGNORE
+    joints = torch.full((2, 24, 2), -9.0)
+    joints[:, 20] = torch.tensor([0.0, 1.0])
+    before = images, labels, joints
+    once = train.mirror_batch(*before, chosen, classes)
+    twice = train.mirror_batch(*once, chosen, classes)
+    for one, two, three in zip(before, once, twice):
+        assert torch.equal(one[1], two[1])
+        assert torch.equal(one, three)
+    images, labels, joints = once
+    assert images[0, 0, 0].tolist() == [3, 2, 1, 0]
+    assert labels[0, 1].tolist() == [0, 0, 0, 22]
+    assert labels[0, 3, 0] == IGNORE
+    assert joints[0, 21].tolist() == [3.0, 1.0]
 
 
-def test_scale_by_two_cuts_a_corner_and_by_half_surrounds_with_ignore():
+@pytest.mark.parametrize("scale, align, row, joint", [
+    (2.0, (0.0, 0.0), [0, 0, 1, 1], [2.5, 0.5]),
+    (2.0, (1.0, 0.5), [6, 6, 7, 7], [-1.5, -1.5]),
+    (0.5, (0.0, 1.0), [IGNORE] * 4, [0.25, 1.75]),
+])
+def test_scale_by_two_cuts_a_corner_and_by_half_surrounds_with_ignore(scale, align, row, joint):
     labels = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
     images = labels[:, None].float().expand(1, 3, 4, 4).contiguous()
-    scaled = lambda *draw: train.scale_batch(images, labels, torch.tensor([[[1.0, 0.0]]]), *map(
-        torch.tensor, draw))
-    for place, row, joint in (((0.0, 0.0), [0, 0, 1, 1], [2.5, 0.5]),
-                              ((1.0, 0.5), [6, 6, 7, 7], [-1.5, -1.5])):
-        _, large, moved = scaled([2.0], [place])
-        assert large[0, 0].tolist() == row and moved[0, 0].tolist() == joint
-    small, ids, moved = scaled([0.5], [[0.0, 1.0]])
-    assert (ids[0, 2:, :2] != IGNORE).all() and (ids == IGNORE).sum() == 12
-    assert small[0, 0, 2, 0] == pytest.approx(2.5) and small[0, 0, 0, 3] == 0   # of 0, 1, 4, 5
-    assert moved[0, 0].tolist() == [0.25, 1.75]
+    joints = torch.tensor([[[1.0, 0.0]]])
+    small, ids, moved = train.scale_batch(
+        images, labels, joints, torch.tensor([[scale]]), torch.tensor([align]))
+    assert ids[0, 0].tolist() == row
+    assert moved[0, 0].tolist() == joint
+    if scale < 1:
+        assert (ids[0, 2:, :2] != IGNORE).all()
+        assert (ids == IGNORE).sum() == 12
+        assert small[0, 0, 2, 0] == pytest.approx(2.5)      # the mean of 0, 1, 4, 5
+        assert small[0, 0, 0, 3] == 0
+
+
+@pytest.mark.parametrize("factors, first, second", [
+    ([1.0, 1, 1], [60, 90, 120], [0, 0, 30]),
+    ([2.0, 1, 1], [120, 180, 240], [0, 0, 60]),
+    ([1.0, 1, 0], [90, 90, 90], [10, 10, 10]),
+    ([1.0, 0, 1], [50, 50, 50], [50, 50, 50]),
+    ([3.0, 1, 1], [180, 255, 255], [0, 0, 90]),
+])
+def test_colour_scales_light_contrast_and_saturation(factors, first, second):
+    """Two pixels whose greys are 90 and 10, in the mean 50."""
+    images = torch.tensor([[60, 0], [90, 0], [120, 30]]).view(1, 3, 1, 2)
+    coloured = train.colour_batch(images.byte(), torch.tensor([factors])).squeeze()
+    assert coloured[:, 0].tolist() == pytest.approx(first)
+    assert coloured[:, 1].tolist() == pytest.approx(second)
 
 
 def test_augmentation_is_a_function_of_seed_and_step():
-    draw = lambda seed=3, step=17: train.draw_augmentation(seed, step, 4000)
-    mirror, scale, place = draw()
-    assert all(torch.equal(one, two) for one, two in zip(draw(), draw()))
-    assert not any(torch.equal(scale, draw(*other)[1]) for other in ((3, 18), (4, 17)))
-    assert 0.5 <= scale.min() < 0.51 and 1.97 < scale.max() <= 2
-    assert scale.log2().mean() == pytest.approx(0, abs=0.03)        # as often half as double
-    assert mirror.float().mean() == pytest.approx(0.5, abs=0.03)
-    assert place.min() < 0.01 and place.max() > 0.99 and place.shape == (4000, 2)
+    draws = train.draw_augmentation(3, 17, 4000)
+    assert draws.dtype == torch.float32
+    assert torch.equal(draws, train.draw_augmentation(3, 17, 4000))
+    for seed, step in (3, 18), (4, 17):
+        assert (draws != train.draw_augmentation(seed, step, 4000)).any(0).all()
+    assert draws[:, 0].unique().tolist() == [0, 1]          # mirror
+    draws[:, 1].log2_()                                     # as often half as double
+    lowest = [0, -1, 0, 0, 0.6, 0.6, 0.6]
+    highest = [1, 1, 1, 1, 1.4, 1.4, 1.4]
+    middle = [0.5, 0, 0.5, 0.5, 1, 1, 1]
+    assert draws.amin(0).tolist() == pytest.approx(lowest, abs=0.01)
+    assert draws.amax(0).tolist() == pytest.approx(highest, abs=0.01)
+    assert draws.mean(0).tolist() == pytest.approx(middle, abs=0.03)
 
 
 def test_frame_order():
-    order = list(train.frame_order(frames=10, batch_size=4, seed=1, start=0, steps=10))
+    order = list(train.frame_order(10, 4, 1, 0, 10))
     epochs = np.array(order).reshape(4, 10)
-    assert (np.sort(epochs) == np.arange(10)).all() and len(np.unique(epochs, axis=0)) == 4
+    assert (np.sort(epochs) == np.arange(10)).all()
+    assert len(np.unique(epochs, axis=0)) == 4
     assert list(train.frame_order(10, 4, 1, 7, 10)) == order[7:]
     assert list(train.frame_order(10, 4, 2, 0, 10)) != order
-    large, = train.frame_order(frames=3, batch_size=8, seed=0, start=0, steps=1)
-    assert sorted(large[:3]) == sorted(large[3:6]) == [0, 1, 2] and len(large) == 8
+    large, = train.frame_order(3, 8, 0, 0, 1)
+    assert sorted(large[:3]) == sorted(large[3:6]) == [0, 1, 2]
+    assert len(large) == 8
 
+
+@pytest.mark.parametrize("schedule, step, rate", [
+    ("constant", 99, 1),
+    ("constant", 4, 0.5),
+    ("poly", 50, 0.25),
+    ("poly", 0, 0.1),
+    ("step", 59, 0.5 ** 5),
+])
+def test_learning_rates_rise_over_a_tenth_of_the_run_and_follow_the_schedule(schedule, step, rate):
+    args = Namespace(lr=1, warmup=1000, iterations=100, schedule=schedule, power=2, factor=0.5,
+                     every=10)
+    assert train.learning_rate(args, step) == pytest.approx(rate)
+
+
+# ---- Runs
 
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory):
     """Two plain steps, to which every option is compared."""
     folder = tmp_path_factory.mktemp("plain")
-    for model in ("segnet", "hourglass"):
-        assert train.start(command(data, folder / model, model=model)) == 0
+    for model in "segnet", "hourglass":
+        trained(data, folder / model, model=model)
     return folder
 
 
 @pytest.mark.parametrize("flag", """--weighting w1-outer, --weighting w1-direct, --lr 0.5, --seed 5,
-    --lr 0 --bn-after 2, --lr 0 --bn-after 2 --seed 5,
+    --lr 0 --bn-after 2, --lr 0 --bn-after 2 --seed 5, --augment colour, --precision fp16,
     --weighting w2-outer, --weighting w2-direct, --augment mirror, --augment scale, --size 96,
-    --augment naive-mirror, --bn-after 2, --batch-size 3, --precision bf16, --variant vgg16,
-    --width 0.5, --coarse-to-fine, --joints surreal --joints-from 1, --stem-stride 2,
-    --joints centroids --joints-from 1, --checkpoint-activations""".split(","))
-def test_every_flag_changes_what_is_learned(data, plain, tmp_path, flag):
-    model = "hourglass" if flag.strip().startswith(("--c", "--j", "--st")) else "segnet"
-    run = plain / flag.strip()                              # which no other run equals
-    assert train.start(command(data, run, *flag.split(), model=model)) == 0
-    one, *others = (load(path)["weights"] for path in [run, *{*plain.iterdir()} - {run}])
-    for other in others:
-        assert one.keys() != other.keys() or any(not one[key].equal(other[key]) for key in one)
+    --bn-after 2, --batch-size 3, --precision bf16, --variant vgg16, --width 0.5,
+    --coarse-to-fine, --joints surreal, --joints centroids, --stem-stride 1""".split(","))
+def test_every_flag_changes_what_is_learned(data, plain, flag):
+    flag = flag.strip()
+    model = "hourglass" if flag.startswith(("--c", "--j", "--st")) else "segnet"
+    run = plain / flag.replace(" ", "_")
+    weights = trained(data, run, flag, model=model)["weights"]
+    for other in {*plain.iterdir()} - {run}:                # no other run is the same
+        theirs = load(other)["weights"]
+        same_names = weights.keys() == theirs.keys()
+        assert not same_names or any(not weights[key].equal(theirs[key]) for key in weights)
 
 
 def test_frozen_batch_normalisation_stays_as_it_was_drawn(data, tmp_path):
-    argv = command(data, tmp_path / "run", "--bn-after", "2", "--val-every", "1")
-    for argv, updates in ((argv, 0), (["--resume", argv[5], "--iterations", "3"], 1)):
-        assert train.start(argv) == 0
-        weights = load(tmp_path / "run")["weights"]
-        for norm in (name[:-12] for name in weights if name.endswith("running_mean")):
+    run = tmp_path / "run"
+    trained(data, run, "--bn-after 2 --val-every 1")
+    for iterations, updates in (2, 0), (3, 1):
+        assert train.main(["--resume", str(run), "--iterations", str(iterations)]) == 0
+        weights = load(run)["weights"]
+        norms = [name.removesuffix("running_mean") for name in weights if "running_mean" in name]
+        for norm in norms:
             moved = (weights[norm + "weight"] - 1).abs().max()      # drawn as 1; Adam's step: lr
             assert moved == pytest.approx(0.01 * updates, rel=0.01)
             assert weights[norm + "num_batches_tracked"] == updates
 
 
 def test_a_row_is_the_figures_of_the_saved_network_on_unaugmented_frames(data, tmp_path):
-    argv = command(data, tmp_path / "run", "--weighting", "w2-direct", "--augment", "--val-images",
-                   "7", "--size", "32", iterations=8)
-    assert train.start(argv) == 0
-    row, args = load(tmp_path / "run")["rows"][-1], argparse.Namespace(
-        device="cpu", precision="fp32", batch_size=5, workers=0)
-    for i, name in enumerate(("train", "val")):
-        run = evaluate.measure(tmp_path / "run" / "last.pt", args, name)
-        chosen = sorted(np.random.default_rng([2, i]).permutation(12)[:7])
-        confusions, loss = evaluate.evaluate_split(
-            run["predict"], run["split"], 5, 0, chosen, train.Criterion(run["classes"]))
-        miou = evaluate.scores(run["confusions"][chosen].sum(0))["miou"]
-        assert row[f"{name}_miou"] == pytest.approx(miou, abs=1e-6) and torch.equal(
-            confusions, run["confusions"][chosen])
-        assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-4) and run["predict"].logit_weights
-    assert run["predict"].settings["augment"] == ["mirror", "scale"]
-    assert (tmp_path / "run" / "log.csv").read_text().count("\n") == 5
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
+    run = tmp_path / "run"
+    more = "--weighting w2-direct --augment --val-images 7 --size 32"
+    row = trained(data, run, more, iterations=8)["rows"][-1]
+    for number, name in enumerate(("train", "val")):
+        chosen = sorted(np.random.default_rng([2, number]).permutation(12)[:7])
+        found = evaluate.measure(run / "last.pt", name, device="cpu", precision="fp32", workers=0)
+        batches = [found["split"][[index]] for index in chosen]
+        confusions, _, loss = evaluate.evaluate_frames(
+            found["predict"], batches, np.zeros(7, int), train.Criterion(found["classes"]))
+        miou = evaluate.scores(confusions[0])["miou"]
+        assert row[f"{name}_miou"] == pytest.approx(miou, abs=1e-6)
+        assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["predict"].settings["augment"] == ["mirror", "scale"]
+    assert found["predict"].logit_weights
+    assert (run / "log.csv").read_text().count("\n") == 5
+    assert (run / "curves.png").stat().st_size > 5000
 
 
-def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path, monkeypatch,
+                                                          precision):
     """A run with everything that could be forgotten; signals go to workers too, as a terminal's."""
-    more = ["--augment", "--weighting", "w1-direct", "--bn-after", "3", "--workers", "1",
-            "--init-from", str(plain / "segnet" / "last.pt")]
-    run = lambda name: command(data, tmp_path / name, *more, iterations=8)
-    assert train.start(run("whole")) == 0
-    stop_in(evaluate, "stream", monkeypatch, run("early"))
+    more = ("--augment --weighting w1-direct --bn-after 3 --workers 1 "
+            f"--precision {precision} --init-from {plain}/segnet/last.pt")
+    argv = {name: command(data, tmp_path / name, more, iterations=8)
+            for name in ("whole", "early", "killed", "stopped", "hung-up")}
+    assert train.main(argv["whole"]) == 0
+    stop_in(train, "progress_bar", monkeypatch, argv["early"])
     assert load(tmp_path / "early")["step"] == 0
-    for name, number, status in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 143)):
-        process = started(run(name))
+    stopped = [("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 143),
+               ("hung-up", signal.SIGHUP, 129)]
+    for name, number, status in stopped if precision == "fp32" else stopped[:1]:
+        process = started(argv[name])
         os.killpg(process.pid, number)
         output, errors = process.communicate()
-        assert process.returncode == status and not errors and 0 < load(tmp_path / name)["step"] < 8
-    assert f"--resume {tmp_path / 'stopped'}" in output
-    for name in ("early", "killed", "stopped"):
-        assert train.start(["--resume", str(tmp_path / name)]) == 0
-        assert same_end(tmp_path / "whole", tmp_path / name)
+        assert process.returncode == status
+        assert not errors
+        assert 0 < load(tmp_path / name)["step"] < 8
+        if status > 0:
+            assert f"--resume {tmp_path / name}" in output
+        assert train.main(["--resume", str(tmp_path / name)]) == 0
+        same_end(tmp_path / "whole", tmp_path / name)
+    assert train.main(["--resume", str(tmp_path / "early")]) == 0
+    same_end(tmp_path / "whole", tmp_path / "early")
 
 
 @pytest.mark.parametrize("broken", ["training", "validation"])
 def test_best_has_the_highest_miou_and_nan_stays_out(data, tmp_path, capsys, monkeypatch, broken):
-    nan, measure, real = float("nan"), train.validate, train.Criterion.__call__
+    nan = float("nan")
+    validate, criterion = train.validate, train.Criterion.__call__
     losses = iter([1] * 6 + [nan if broken == "training" else 1] * 9)      # of each step
     rows = iter([(0.1, 5), (0.3, 4), (0.2, 3), (0.9, nan if broken == "validation" else 2)])
-    monkeypatch.setattr(train.Criterion, "__call__",
-                        lambda self, *inputs, **more: real(self, *inputs, **more) * next(losses))
-    monkeypatch.setattr(train, "validate", lambda *inputs: measure(*inputs) | dict(
-        zip(("val_miou", "val_loss"), next(rows))))
+
+    def call(self, *inputs, **more):
+        return criterion(self, *inputs, **more) * next(losses)
+
+    def validated(*inputs):
+        miou, loss = next(rows)
+        return validate(*inputs) | dict(val_miou=miou, val_loss=loss)
+
+    monkeypatch.setattr(train.Criterion, "__call__", call)
+    monkeypatch.setattr(train, "validate", validated)
     error = refused(command(data, tmp_path / "run", iterations=8), capsys)
-    assert "nan" in error and "--lr" in error
-    for name, step in (("last.pt", 6), ("best.pt", 4)):
+    assert "nan" in error
+    assert "--lr" in error
+    for name, step in ("last.pt", 6), ("best.pt", 4):
         kept = load(tmp_path / "run", name)
         assert (kept["step"], kept["best_miou"]) == (step, 0.3)
         assert all(value.isfinite().all() for value in kept["weights"].values())
     losses, rows = iter([1] * 9), iter([(0.2, 3)])
-    train.start(["--resume", str(tmp_path / "run")])        # still knows the best
+    train.main(["--resume", str(tmp_path / "run")])         # still knows the best
     assert load(tmp_path / "run", "best.pt")["step"] == 4
 
 
-def test_one_command_starts_a_run_and_continues_it(data, tmp_path, monkeypatch):
-    argv, run = command(data, tmp_path / "run", "--resume", model="icnet"), tmp_path / "run"
+def test_a_step_that_fp16_skips_is_no_loss_that_is_not_finite(data, tmp_path, monkeypatch):
+    """The first loss is inf: the scale is halved, weights stay, and training goes on."""
+    criterion = train.Criterion.__call__
+    factors = iter([float("inf"), 1, 1, 1])
+    monkeypatch.setattr(train.Criterion, "__call__",
+                        lambda self, *inputs: criterion(self, *inputs) * next(factors))
+    run = trained(data, tmp_path / "run", "--precision fp16 --val-every 1")
+    assert run["scaler"]["scale"] == 2 ** 15
+
+
+def test_a_compiler_that_is_missing_is_one_sentence(data, tmp_path, capsys, monkeypatch):
+    def missing(network):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nand its traceback")
+    monkeypatch.setattr(torch.nn.Module, "compile", missing)
+    assert "(no compiler)" in refused(command(data, tmp_path / "run", "--compile"), capsys)
+
+
+def test_a_first_gradient_that_is_nan_costs_no_run(data, tmp_path, capsys, monkeypatch):
+    def broken(self, outputs, batch, criterion):
+        loss = (outputs.sum() * 0).sqrt()                   # 0, and its gradient nan
+        return loss, loss.detach()
+    monkeypatch.setattr(evaluate.MODELS["segnet"], "loss", broken)
+    argv = command(data, tmp_path / "run", "--precision bf16")
+    assert "--precision fp32" in refused(argv, capsys)
+    assert load(tmp_path / "run")["step"] == 0
+
+
+def test_three_forms_of_resume(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "a"
+    argv = command(data, run, "--resume", model="icnet")
     stop_in(train, "read_data", monkeypatch, argv)          # killed while it rendered or counted
-    for more, step in (([], 2), ([], 2), (["--iterations", "4"], 4)):
-        assert train.start([*argv, *more]) == 0 and load(run)["step"] == step
-    assert train.start(["--resume", str(run / "last.pt"), "--iterations", "5"]) == 0
+    assert train.main(argv) == 0
+    assert train.main(argv) == 0
+    assert f"finished: --resume {run} --iterations" in capsys.readouterr().out
+    assert load(run)["step"] == 2
+    assert "is unfinished" in refused(["--resume"], capsys)
+    stop_in(train, "progress_bar", monkeypatch, command(data, "runs/older", iterations=3))
+    trained(data, "runs/newer")
+    assert train.main(["--resume"]) == 0                    # the newest that is not finished
+    assert load("runs/older")["step"] == 3
+    assert train.main([*argv, "--iterations", "4"]) == 0
+    assert train.main(["--resume", str(run), "--iterations", "5"]) == 0
     assert [row["step"] for row in load(run)["rows"]] == [2, 4, 5]
+    for words, named in ("--model icnet --resume", "--out DIR"), (
+            "--resume runs/a --out b", "--resume DIR"), ("--resume runs", "runs/last.pt"):
+        assert named in refused(words.split(), capsys)
+
+
+def test_the_start_names_absent_classes_and_groups_in_two_splits(tmp_path, capsys):
+    own_data(tmp_path)
+    (tmp_path / "classes.json").write_text('{"names": ["background", "cat", "dog", "cow"]}')
+    for name in "images/{}.jpg", "labels/{}.png":
+        frame = tmp_path / "train" / name.format("train_c0001_001")
+        shutil.copy(frame, tmp_path / "train" / name.format("val_c0001_009"))
+    trained(tmp_path, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "no training label shows cow\n" in printed
+    assert "val_c0001" in printed
 
 
 def test_weight_decay_acts_on_convolution_kernels_alone(data, tmp_path):
-    assert train.start(command(data, tmp_path / "run", model="icnet")) == 0
-    checkpoint = load(tmp_path / "run")
-    kernels = [value.ndim == 4 for name, value in checkpoint["weights"].items()
+    checkpoint = trained(data, tmp_path / "run", model="icnet")
+    learned = [value for name, value in checkpoint["weights"].items()
                if name.endswith(("weight", "bias"))]
-    groups, rate = checkpoint["optimizer"]["param_groups"], 0.01 * 0.5 ** 0.9      # of step 1 of 2
-    assert [(group["weight_decay"], group["lr"], len(group["params"])) for group in groups] == [
-        (1e-4, rate, sum(kernels)), (0, rate, len(kernels) - sum(kernels))]
+    kernels = sum(value.ndim == 4 for value in learned)
+    first, second = checkpoint["optimizer"]["param_groups"]
+    assert (first["weight_decay"], len(first["params"])) == (1e-4, kernels)
+    assert (second["weight_decay"], len(second["params"])) == (0, len(learned) - kernels)
+    assert first["lr"] == second["lr"] == 0.01 * 0.5 ** 0.9         # of step 1 of 2
 
 
-def test_resume_refuses_other_settings_and_damaged_files(data, plain, tmp_path, capsys):
-    run, damaged = plain / "segnet", tmp_path / "last.pt"
-    for more, named in ((["--lr", "0.5"], "0.01"), (["--seed", "1"], "seed"),
-                        (["--augment"], "augment"), (["--model", "icnet"], "segnet")):
-        assert named in refused(["--resume", run, *more], capsys)
-    for taken in (run, tmp_path):                           # empty: of another process, perhaps
+def test_resume_refuses_other_settings_other_frames_and_damaged_files(data, plain, tmp_path,
+                                                                      capsys):
+    run = plain / "segnet"
+    for more, named in ("--lr 0.5", "0.01"), ("--seed 1", "seed"), ("--augment", "augment"), (
+            "--model icnet", "segnet"):
+        assert named in refused(["--resume", str(run), *more.split()], capsys)
+    for taken in run, tmp_path:                             # empty: of another process, perhaps
         assert f"--resume {taken}" in refused(command(data, taken), capsys)
-    damaged.write_bytes((run / "last.pt").read_bytes()[:9999])
-    assert str(damaged) in refused(["--resume", tmp_path], capsys)
+    fewer = shutil.copytree(data, tmp_path / "fewer")
+    for kind in "images/{}.jpg", "labels/{}.png":
+        (fewer / "val" / kind.format("val_c0001_001")).unlink()
+    argv = f"--resume {run} --data {fewer} --iterations 3".split()
+    assert "fingerprint" in refused(argv, capsys)
+    (tmp_path / "last.pt").write_bytes((run / "last.pt").read_bytes()[:9999])
+    assert f"{tmp_path}/last.pt" in refused(["--resume", str(tmp_path)], capsys)
 
 
 @pytest.mark.parametrize("words, named", [
     ("", "--model"), ("--model unet", "unet"), ("--resume nowhere", "nowhere"),
     ("--model icnet --variant vgg16", "--variant"), ("--model segnet --joints surreal", "--joints"),
-    *((f"--model segnet {options}", named) for options, named in (
-        ("--iterations 2.5", "2.5"), ("--size 100", "128"), ("--val-every 0", "--val-every"),
-        ("--weighting w3", "w3"), ("--learning-rate 1", "--learning-rate"), ("--device gpu", "gpu"),
-        ("--double-filters --width 3", "--double-filters"), ("--data nowhere", "nowhere"),
-        ("--study --width 2", "--study"), ("--init-from nowhere.pt", "nowhere.pt")))])
+    ("--model hourglass --features 0", "--features 0"),
+    *((f"--model segnet {options}", options.split()[-1]) for options in """
+        --iterations 2.5, --val-every 0, --weighting w3, --learning-rate 1, --device gpu,
+        --data nowhere, --init-from nowhere.pt, --width 0, --width -1, --iterations 0, --lr inf,
+        --bn-after -3, --lr nan, --seed 12345678901234567890, --size 100""".split(",")),
+    ("--model segnet --study --augment", "--augment"), ("--study --resume", "--model")])
 def test_wrong_options_make_nothing(words, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prepare_surreal.main", lambda argv: pytest.fail("rendered"))
@@ -323,15 +486,16 @@ def test_wrong_options_make_nothing(words, named, tmp_path, capsys, monkeypatch)
 
 
 def test_data_that_an_option_does_not_fit_is_refused(tmp_path, capsys):
-    data, run = write_prepared(tmp_path / "data", frames=3, size=80, joints=False,
-                               names=[f"{name}*" for name in NAMES]), tmp_path / "run"
-    text = (data / "classes.json").read_text()
-    (data / "classes.json").write_text(text.replace('"pixels": [', '"pixels": [0, '))
-    for options, named in (("", "--size"), ("--size 64 --joints surreal", "centroids"),
-                           ("--size 64 --coarse-to-fine", "--coarse-to-fine"),
-                           ("--size 64 --weighting w1-outer", "background*")):
-        error = refused(command(data, run, *options.split(), model="hourglass"), capsys)
-        assert named in error and not run.exists()
+    names = ["background", "cat", "dog"]
+    data = write_prepared(tmp_path / "data", frames=3, size=80, joints=False, names=names)
+    (data / "classes.json").write_text('{"names": ["background", "cat", "dog", "cow"]}')
+    for options, named in ("", "--size"), ("--size 64 --joints surreal", "centroids"), (
+            "--size 64 --coarse-to-fine", "--coarse-to-fine"), (
+            "--size 64 --weighting w1-outer", "cow"), (
+            "--size 32 --batch-size 1 --stem-stride 4", "--batch-size"):
+        argv = command(data, tmp_path / "run", options, model="hourglass")
+        assert named in refused(argv, capsys)
+        assert (tmp_path / "run").exists() == ("--batch-size" in options)
 
 
 def test_init_from_takes_what_fits(plain):
@@ -340,56 +504,75 @@ def test_init_from_takes_what_fits(plain):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     train.start_from(network, path)
     for name, value in network.state_dict().items():
-        assert torch.equal(value, (before if name.startswith("classifier") else weights)[name])
+        taken = before if name.startswith("classifier") else weights
+        assert torch.equal(value, taken[name])
     with pytest.raises(Problem, match="fits"):
         train.start_from(evaluate.MODELS["icnet"](), path)
 
 
 def test_two_processes_train_like_one(data, tmp_path):
     """gloo, batch normalisation frozen: the weights of one process with the same whole batch."""
-    more = ["--bn-after", "4", "--augment", "--weighting", "w1-outer"]
-    one, two = (command(data, tmp_path / run, *more, model="icnet", iterations=4) for run in "ab")
-    assert train.start(one) == 0
-    process = started(two, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    options = dict(more="--bn-after 4 --augment --weighting w1-outer", model="icnet", iterations=4)
+    one = trained(data, tmp_path / "one", **options)
+    process = started(command(data, tmp_path / "two", **options), *TORCHRUN)
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
-    one, two = load(tmp_path / "a"), load(tmp_path / "b")
+    two = load(tmp_path / "two")
     for name, value in one["weights"].items():
         assert torch.allclose(value, two["weights"][name], rtol=1e-3, atol=1e-5), name
     assert one["rows"][-1]["val_loss"] == pytest.approx(two["rows"][-1]["val_loss"], rel=1e-4)
 
 
+def test_ctrl_c_ends_several_processes_within_a_minute(data, tmp_path):
+    process = started(command(data, tmp_path / "run", iterations=10 ** 6), *TORCHRUN)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode
+
+
 class Further(torch.nn.Sequential):
-    """A fourth network, with nothing but what DESIGN's contract asks for."""
+    """A fourth network, with nothing but what the contract asks for."""
     recipe = dict(batch_size=4, lr=0.01, optimizer="SGD", schedule="constant", iterations=2)
 
-    def __init__(self, num_classes=25):
+    def __init__(self, num_classes=25, width=1):
         super().__init__(torch.nn.Conv2d(3, num_classes, 3, padding=1))
 
     def loss(self, outputs, batch, criterion):
-        return (criterion(outputs, batch["labels"]),) * 2
+        loss = criterion(outputs, batch["labels"])
+        return loss, loss
 
 
-def test_a_further_network_and_the_study_on_data_of_ones_own(tmp_path, monkeypatch, capsys):
+def own_data(folder):
+    write_prepared(folder, names=["background", "cat", "dog"], frames=4, joints=False)
+    Path(folder, "classes.json").write_text('{"names": ["background", "cat", "dog"]}')
+    return ["--data", str(folder), "--workers", "0", "--val-every", "2"]
+
+
+def test_a_further_network_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(evaluate.MODELS, "further", Further)
-    write_prepared("own", names=["background", "cat", "dog"], frames=4, joints=False)
-    Path("own/classes.json").write_text('{"names": ["background", "cat", "dog"]}')
-    own = ["--data", "own", "--workers", "0", "--val-every", "2", "--final-iterations", "3"]
-    assert train.start(["--model", "further", "--out", "run", *own]) == 0
-    assert train.start(["--resume", "run", "--iterations", "4"]) == 0 and load("run")["step"] == 4
+    assert train.main(["--model", "further", "--out", "run", *own_data("own")]) == 0
+    assert train.main(["--resume", "run", "--iterations", "4"]) == 0
+    assert load("run")["step"] == 4
     assert evaluate.main(["--ckpt", "run", "--per-class", "--workers", "0"]) == 0
-    assert "cat" in capsys.readouterr().out and Path("run/test/examples.png").is_file()
-    assert train.start(["--model", "further", "--study", *own]) == 0
-    assert "w2-direct" in Path("runs/further-study/report.md").read_text()
-    argv = ["--model", "segnet", "--study", "--iterations", "2", "--batch-size", "2", *own]
-    assert train.start(argv) == 0
-    report = Path("runs/segnet-study/report.md").read_text()
-    assert all(words in report for words in ("39.17", "own/test", "w1-outer", "long"))
-    assert len(list(Path("runs/segnet-study").glob("*/last.pt"))) == 6 and train.start(argv) == 0
-    runs = {path.name: load(path) for path in Path("runs/segnet-study").glob("*-*")}
+    assert "cat" in capsys.readouterr().out
+    assert Path("run/test/examples.png").is_file()
+
+
+def test_the_study_is_the_runs_of_the_papers_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = "--model segnet --study --iterations 2 --batch-size 2 --width 0.1".split()
+    argv += own_data("own")
+    assert train.main(argv) == 0
+    study = Path("runs/segnet-study")
+    assert "double-filters-augment" in (study / "report.md").read_text()
+    assert (study / "test" / "report.md").is_file()
+    runs = {path.parent.name: load(path.parent) for path in study.glob("*/last.pt")}
+    assert len(runs) == 6
     for name, run in runs.items():
-        assert ("augm" in name) == (run["settings"]["augment"] == ["mirror", "scale"])
-        assert run["step"] == (3 if name.endswith("long") else 2)
-    for one, other, points, best in re.findall(r"- (.*) against (.*?): (\S+).*\*(.+)\*\*", report):
-        assert best == (one if float(points) > 0 else other)
+        settings = run["settings"]
+        assert run["kwargs"]["width"] == (0.2 if "double" in name else 0.1)
+        assert settings["augment"] == (["mirror", "scale"] if "augment" in name else ["none"])
+        assert settings["weighting"] == (name[-8:] if name[-5:] == "outer" else "none")
+        assert run["step"] == (4 if "iterations" in name else 2)
+    stop_in(evaluate, "main", monkeypatch, argv)            # nothing is trained again

@@ -1,0 +1,223 @@
+"""The stand-in's renderer, from a ray and a capsule to the files of a clip."""
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+from scipy.io import loadmat
+
+import prepare_surreal as prepare
+
+# SURREAL's parts of standing people: the first and last label of a part, its share of the paper's
+# crops; its area against both lower legs, and the 5th and 95th percentile of its rows as a share of
+# the height, nan where the pose decides.
+PARTS = np.loadtxt("""
+   1  1   0.02098   0.85   0.383 0.517
+   2  3   0.02421   1.51   0.496 0.695
+   4  4   0.00702   0.47   0.329 0.417
+   5  6   0.01974   1.00   0.718 0.916
+   7  7   0.00601   0.33   0.252 0.331
+   8  9   0.00486   0.20   0.921 0.977
+  10 10   0.00915   0.45   0.158 0.271
+  11 12   0.00125   0.07   0.966 0.996
+  13 13   0.00162   0.08   0.114 0.150
+  14 15   0.00440   0.23   0.162 0.233
+  16 16   0.00865   0.48   0.011 0.120
+  17 18   0.00816   0.34   0.218 0.340
+  19 20   0.00662   0.36   nan   nan
+  21 22   0.00245   0.15   nan   nan
+  23 24   0.00144   0.10   nan   nan
+    """.splitlines())
+
+
+def synthesize(out, *options):
+    """The exit status of rendering to OUT-raw and preparing it in OUT."""
+    command = ["--synthesize", "--size", 32, "--out", out, *options]
+    return prepare.main([str(word) for word in command])
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Six clips of four frames for train, two each for val and test."""
+    out = tmp_path_factory.mktemp("standin") / "out"
+    options = ["--frames", 4, "--workers", 0, "--clips"]
+    assert synthesize(out, *options, 6) == 0
+    assert synthesize(out, *options, 5) == 2            # made with other settings
+    return Path(f"{out}-raw")
+
+
+@pytest.fixture(scope="module")
+def masks():
+    """The labels of 240 single frames."""
+    drawn = []
+    for seed in range(240):
+        person = prepare.scene(np.random.default_rng(seed), 1)
+        flesh = prepare.draw_body(
+            person["body"],
+            person["turn"][0],
+            person["place"][0],
+            person["camera"])
+        assert (flesh["normal"][:, 0] > -.01).mean() > .9               # towards the camera
+        drawn.append(prepare.label_image(flesh))
+    return drawn
+
+
+def frames(raw):
+    """Labels (240, 320), joints2D (24, 2) and joints3D (24, 3) of every frame."""
+    for path in raw.rglob("*_info.mat"):
+        info = loadmat(path)
+        stored = loadmat(str(path).replace("_info", "_segm"))
+        for t in range(4):
+            flat = info["joints2D"][:, :, t].T
+            solid = info["joints3D"][:, :, t].T
+            yield stored[f"segm_{t + 1}"], flat, solid
+
+
+@pytest.mark.parametrize("slant", [(0, 0, 1), (.6, 0, .8), (.3, -.4, .9)])
+@pytest.mark.parametrize("x, z, along", [
+    (.5, .4 * .9375 ** .5, .4),     # the cone, where the ball at .4 has the radius .4
+    (-.3, .4, 0),                   # the large ball: .3, .4, .5
+    (1.2, .15, 1)])                 # the small ball: .2, .15, .25
+def test_a_capsule_by_hand(slant, x, z, along):
+    a, b = np.array([[0, 0, 0], [1, 0, 0]])
+    slant = np.array(slant)
+    origin = np.array([x, 0, z]) + 5 * slant
+    line = -2 * slant[None]
+    t, s = prepare.hit_capsule(origin, line, a, b, .5, .25)
+    assert np.allclose((t, s), ((2.5,), (along,)))
+    beside, _ = prepare.hit_capsule(origin + (0, 3, 0), line, a, b, .5, .25)
+    assert np.isnan(beside)
+
+
+def test_the_nearest_subpixel_labels_a_pixel_that_is_covered_half():
+    flesh = dict(
+        pixel=np.array([5, 5, 5, 9]),
+        depth=np.array([8, 7, 8, 6]),
+        joint=np.array([4, 2, 4, 1]),
+        rest=np.zeros((4, 3)))
+    labels = prepare.label_image(flesh)
+    assert labels.flat[5] == 3
+    assert labels.sum() == 3
+
+
+def test_a_bent_elbow_moves_the_hand_and_a_roll_comes_before_the_raise():
+    poses = np.zeros((3, 24, 3))
+    poses[1:, 18, 1] = -90
+    poses[2, 16] = 90, 0, -90                           # rolled, and hanging
+    _, _, place = prepare.forward_kinematics(poses, np.full((24, 3), 1.1))
+    rest, bent, hanging = place
+    assert np.allclose(rest, prepare.T_POSE * 1.1)
+    moved = np.abs(bent - rest).max(axis=1) > 1e-9
+    assert list(np.flatnonzero(moved)) == [20, 22]
+    assert bent[20, 2] > bent[18, 2] + .27              # forwards
+    assert hanging[18, 1] < hanging[16, 1] - .27        # down
+    assert hanging[20, 0] < hanging[18, 0] - .27        # inwards
+
+
+def test_files_are_the_same_for_any_workers_and_people_in_one_split(raw, tmp_path):
+    out = tmp_path / "again"
+    assert synthesize(out, "--frames", 4, "--clips", 6, "--workers", 2) == 0
+    paths = [path.relative_to(raw) for path in raw.rglob("*.m*")]
+    assert len(paths) == 3 * (6 + 2 + 2)
+    for path in paths:
+        assert (raw / path).read_bytes() == (Path(f"{out}-raw") / path).read_bytes()
+    people = {(path.parts[0], path.name[:3]) for path in paths}
+    assert len(people) == 3
+
+
+def test_info_is_as_surreals(raw):
+    for path in raw.rglob("*_info.mat"):
+        info = loadmat(path)
+        assert info["shape"].shape == (10, 4)
+        assert info["pose"].dtype == info["joints3D"].dtype == np.float32
+        assert (info["joints2D"] % 1 == 0).all()
+        bend = info["pose"].reshape(24, 3, 4)
+        assert (bend[4:6, 0] >= 0).all()                # knees bend backwards
+        assert (bend[18, 1] <= 0).all()                 # elbows bend forwards
+        assert (bend[19, 1] >= 0).all()
+
+
+def test_joints_lie_on_their_parts_in_mirrored_images(raw):
+    found = []
+    for labels, flat, solid in frames(raw):
+        right, down = np.linalg.lstsq(solid, flat - flat[0], rcond=None)[0].T
+        away = -1, 0, 0                                 # where SURREAL's camera looks
+        assert np.linalg.det([right, down, away]) < 0
+        pelvis, left_hip, right_hip, spine = solid[:4]  # the body itself is no mirror image
+        hips = left_hip + right_hip - 2 * pelvis
+        assert np.linalg.det([left_hip - right_hip, spine - pelvis, hips]) < 0
+        padded = np.pad(labels, 400)
+        for label, (x, y) in enumerate(flat.astype(int) + 400, 1):
+            around = padded[y - 4:y + 5, x - 4:x + 5]
+            twin = prepare.MIRROR[label]
+            if np.isin(around, (label, twin)).any():    # or else something hides it
+                found.append(label in around)
+    assert len(found) > 300
+    assert np.mean(found) > .95
+
+
+def test_heads_stray_and_can_be_repaired(masks):
+    counts = []
+    for mask in masks:
+        for labels in (mask, prepare.repair_head(mask)):
+            components, _ = ndimage.label(labels == 16, np.ones((3, 3)))
+            sizes = np.bincount(components.ravel())[1:]
+            counts.append((5 * sizes < sizes.max(initial=0)).sum())
+    assert np.mean(counts[::2]) > .5
+    assert not any(counts[1::2])
+
+
+def measure(mask):
+    """For each part of PARTS its area against the lower legs and where its rows begin and end."""
+    rows, columns = np.nonzero(mask)
+    height = np.ptp(rows) + 1
+    legs = max(1, np.isin(mask, (5, 6)).sum())
+    for first, last in PARTS[:, :2]:
+        part, _ = np.nonzero(np.isin(mask, (first, last)))
+        ends = np.percentile(part, (5, 95)) if len(part) else np.full(2, np.nan)
+        yield len(part) / legs, *(ends + .5 - rows.min()) / height
+
+
+def test_parts_are_as_large_as_surreals_and_end_where_they_do(masks):
+    standing, total = [], 0
+    for mask in map(prepare.repair_head, masks):
+        height, width = map(np.ptp, np.nonzero(mask))
+        if 1.9 * width < height < 239:
+            standing.append(list(measure(mask)))
+        _, _, side = prepare.crop_box(mask, .1)
+        total += np.bincount(mask.ravel(), minlength=25) / side ** 2
+    area, *ends = np.nanmedian(standing, axis=0).T
+    assert np.allclose(np.log(area / PARTS[:, 3]), 0, atol=np.log(1.25))
+    assert np.nanmax(np.abs(np.transpose(ends) - PARTS[:, 4:])) < .025
+    share = total[PARTS[:, :2].astype(int)].sum(axis=1) / len(masks)
+    share[PARTS[:, 0] == PARTS[:, 1]] /= 2              # or else they count twice
+    assert np.allclose(np.log(share / PARTS[:, 2]), 0, atol=np.log(1.7))
+
+
+def test_light_falls_from_above():
+    normals = np.array([[0, -2, 0], [0, 5, 0], [0, 0, 1]])              # up, down, sideways
+    light = np.array([1, -.5, 0, 0, 0, 0, 0, 0, 0])
+    assert np.allclose(prepare.shade(normals, light), (1.5, .5, 1))
+
+
+def test_photographs_are_shared_among_the_splits(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(10):
+        photo = Image.new("RGB", (330, 250), (25 * i, 0, 90))
+        photo.save(photos / f"{i}.png")
+    options = ["--clips", 3, "--frames", 1, "--workers", 0, "--backgrounds", photos]
+    out = tmp_path / "out"
+    assert synthesize(out, *options) == 0
+    used = set()
+    for path in Path(f"{out}-raw").rglob("*.mp4"):
+        with av.open(str(path)) as video:
+            image = next(video.decode(video=0)).to_ndarray(format="rgb24")
+        used.add((path.parts[-4], round(image[:9, :9, 0].mean() / 25)))
+        info = loadmat(str(path).replace(".mp4", "_info.mat"))
+        assert info["joints2D"].shape == (2, 24)        # squeezed, as SURREAL's
+    assert len(used) == len({photo for _, photo in used})
+    (photos / "0.png").unlink()
+    assert synthesize(tmp_path / "few", *options) == 2
