@@ -70,13 +70,10 @@ def confusion_matrices(prediction, labels, K):
          [1, 1],       two pixels of class 1, one missed and one found
          [0, 1]]       row K: the ignored pixel
     """
-    B = len(labels)
-    image = torch.arange(B, device=labels.device).view(B, 1, 1)
-    row = image * (K + 1) + labels.clamp(max=K)     # each image has K + 1 rows of its own
-    cell = row * K + prediction
-    cells = B * (K + 1) * K
-    counts = torch.bincount(cell.flatten(), minlength=cells)
-    return counts.view(B, K + 1, K)[:, :K]
+    row = labels.long().clamp(max=K)
+    cells = (row * K + prediction).flatten(1)       # (B, H W)
+    counts = [torch.bincount(image, minlength=(K + 1) * K) for image in cells]
+    return torch.stack(counts).view(-1, K + 1, K)[:, :K]
 
 
 @np.errstate(invalid="ignore")          # 0 / 0 is NaN, "unknown"
