@@ -656,7 +656,7 @@ def segment(predict, files, out):
         photo = np.array(fitted(image, 1024))       # to look at
         prediction, _ = predict(pixels[None], photo.shape[:2])
         ids = prediction[0].byte().cpu().numpy()
-        overlay = photo // 3 + palette[ids] // 3 * 2
+        overlay = photo // 2 + palette[ids] // 2
         result = Path(out) / os.path.relpath(file, common)
         result.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(f"{result}-overlay.png", [("", [photo, overlay])], classes, side=8)
@@ -784,7 +784,8 @@ def run_command(program, function):
     except RuntimeError as error:
         text = str(error)
         if "out of memory" in text or "allocate memory" in text:
-            stop(2, "out of memory: try a smaller --batch-size or --size")
+            stop(2, "out of memory: try --device cpu or, in training, a smaller --batch-size or "
+                    "--size")
         if "DataLoader worker (pid" in text:
             stop(2, "a process that reads images was killed, often because /dev/shm or the memory "
                     "is too small: try fewer --workers, or 0")
