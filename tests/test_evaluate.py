@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import types
-import unicodedata
 
 import numpy as np
 import pytest
@@ -174,20 +173,23 @@ def test_predictions_are_of_enlarged_and_weighted_logits(data, weights, ones):
 
 class Criterion:
     def totals(self, logits, labels):
-        count = labels.numel()
-        return tiny.criterion(logits, labels) * count, torch.tensor(count)
+        count = torch.tensor(labels.numel())
+        self.mean = tiny.criterion(logits, labels)
+        return self.mean * count, count
 
 
 def test_results_do_not_depend_on_batches_or_workers(data, run):
     split = Split(data, "test", read_classes(data))
     every = range(7)
-    confusions, miou, loss = read(run, split, [every], every, criterion=Criterion())
+    criterion = Criterion()
+    confusions, miou, loss = read(run, split, [every], every, criterion=criterion)
+    assert loss == pytest.approx(criterion.mean.item())
     chunks = [[0, 1, 2], [3, 4, 5], [6]]
-    again, same_miou, same_loss = read(run, split, chunks, every, 1, Criterion())
+    again, same_miou, same_loss = read(run, split, chunks, every, 1, criterion)
     assert confusions.shape == (7, 5, 5) and confusions.sum() == 7 * 64 * 64
     assert np.array_equal(confusions, again) and np.array_equal(miou, same_miou)
     assert np.array_equal(miou, scores(confusions)["miou"])
-    assert loss == pytest.approx(same_loss) and loss == pytest.approx(np.log(5), rel=0.5)
+    assert loss == pytest.approx(same_loss)
     grouped, _, no_loss = read(run, split, [[1, 4], [5]], [1, 0, 1])
     assert np.array_equal(grouped, [confusions[4], confusions[1] + confusions[5]])
     assert np.isnan(no_loss)
@@ -288,7 +290,8 @@ def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, caps
 
 
 def test_accents_may_be_stored_in_two_ways(tmp_path):
-    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    composed = "caf\u00e9"      # one character, as Linux and Windows store it
+    apart = "cafe\u0301"        # an e and an accent, as macOS does
     write_own(tmp_path, f"{apart}.png")
     label = tmp_path / f"train/labels/{apart}.png"
     label.rename(label.with_stem(composed))
