@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import unicodedata
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colormaps, figure, patches
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 from hourglass import StackedHourglass
@@ -37,6 +36,7 @@ from segnet import SegNet
 
 MODELS = {"icnet": ICNet, "segnet": SegNet, "hourglass": StackedHourglass}
 IGNORE = 255        # label of pixels that count nowhere
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # The figures of scores() and their titles. The paper calls two of them F1.
 FIGURES = dict(
     miou="mIoU",
@@ -70,25 +70,21 @@ def confusion_matrices(prediction, labels, K):
          [1, 1],       two pixels of class 1, one missed and one found
          [0, 1]]       row K: the ignored pixel
     """
-    B = len(labels)
-    image = torch.arange(B, device=labels.device).view(B, 1, 1)
-    row = image * (K + 1) + labels.clamp(max=K)     # each image has K + 1 rows of its own
-    cell = row * K + prediction
-    cells = B * (K + 1) * K
-    counts = torch.bincount(cell.flatten(), minlength=cells)
-    return counts.view(B, K + 1, K)[:, :K]
+    row = labels.long().clamp(max=K)
+    cells = (row * K + prediction).flatten(1)       # (B, H W)
+    counts = [torch.bincount(image, minlength=(K + 1) * K) for image in cells]
+    return torch.stack(counts).view(-1, K + 1, K)[:, :K]
 
 
 @np.errstate(invalid="ignore")          # 0 / 0 is NaN, "unknown"
 def scores(confusion):
     """Every figure of the paper from confusion matrices (..., K, K).
 
-    Returns a dict: those of FIGURES, (...) float64 from 0 to 1; and iou, class_f1, class_precision
-    and recall of each class, (..., K). With TP, FP, FN the true positive, false positive and false
-    negative pixels of a class, IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) count
-    where the class occurs in truth or prediction, its precision where it was predicted, its recall
-    (which the paper calls accuracy) where it is true. body_f1 takes all classes but 0, the
-    background, as one.
+    Returns a dict: those of FIGURES, (...) float64 from 0 to 1; and iou, class_f1 and recall of
+    each class, (..., K). With TP, FP, FN the true positive, false positive and false negative
+    pixels of a class, IoU = TP / (TP + FP + FN) and F1 = 2 TP / (2 TP + FP + FN) count where the
+    class occurs in truth or prediction, its recall (which the paper calls accuracy) where it is
+    true. body_f1 takes all classes but 0, the background, as one.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     tp = np.diagonal(confusion, 0, -2, -1)
@@ -102,7 +98,6 @@ def scores(confusion):
     return dict(
         iou=iou,
         class_f1=class_f1,
-        class_precision=tp / predicted,
         recall=recall,
         miou=np.nanmean(iou, -1),
         accuracy=tp.sum(-1) / true.sum(-1),
@@ -118,14 +113,12 @@ def merge_classes(confusion, merge):
     merge: coarse name -> its ids. A left hand that was taken for left fingers is right when both
     are "left hand": the rows and the columns of a coarse class are added up.
     """
-    K = confusion.shape[-1]
-    belongs = np.zeros((len(merge), K), np.int64)       # [coarse, fine]
-    for row, ids in zip(belongs, merge.values()):
-        row[ids] = 1
+    one_hot = np.eye(confusion.shape[-1], dtype=np.int64)
+    belongs = np.stack([one_hot[ids].sum(0) for ids in merge.values()])     # (M, K) of 0 and 1
     return belongs @ confusion @ belongs.T
 
 
-def bootstrap(confusions, other=None, draws=1000, seed=0):
+def bootstrap(confusions, other=None):
     """Half widths of the 95 % intervals of all FIGURES, or of their differences to `other`.
 
     The bootstrap (Efron 1979) asks how far a figure would move with other frames of the same kind:
@@ -134,8 +127,8 @@ def bootstrap(confusions, other=None, draws=1000, seed=0):
     confusions, other: (G, K, K) int64, one per group. Returns a dict of floats, NaN for one group.
     """
     G = len(confusions)
-    rng = np.random.default_rng(seed)
-    times_drawn = rng.multinomial(G, [1 / G] * G, size=draws)       # (draws, G)
+    rng = np.random.default_rng(0)
+    times_drawn = rng.multinomial(G, [1 / G] * G, size=1000)        # (draws, G)
     times_drawn = times_drawn.astype(float)
     values = scores(np.tensordot(times_drawn, confusions, 1))       # of (draws, K, K) matrices
     if other is not None:
@@ -219,75 +212,69 @@ def evaluate_frames(predict, batches, groups, criterion=None):
 
 # ---- The prepared folder
 
-def check_classes(path, classes):
-    """Raises Problem naming the first entry of classes.json that cannot be right."""
+def check_classes(classes):
+    """Raises ValueError, TypeError or LookupError for entries of classes.json that are wrong."""
     names = classes["names"]
     K = len(names)
-    are_words = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not are_words or not 1 < K <= IGNORE:
-        raise Problem(f'{path}: "names" has to be a list of 2 to {IGNORE} names, from id 0 on')
-    shapes = dict(palette=(K, 3), mirror=(K,), mean=(3,), std=(3,))
-    limits = dict(palette=255, mirror=K - 1, mean=1, std=1)
-    for key, shape in shapes.items():
-        try:
-            values = np.array(classes[key], dtype=float)
-        except (TypeError, ValueError):     # words, or lists of different lengths
-            values = np.empty(0)
-        right_shape = values.shape == shape
-        if not right_shape or values.min() < 0 or values.max() > limits[key]:
-            raise Problem(f'{path}: "{key}" has to be a list of shape {shape} with numbers from 0 '
-                          f"to {limits[key]}, not {str(classes[key])[:80]}")
+    if not isinstance(names, list) or not 2 <= K <= IGNORE:
+        raise ValueError(f'"names" has to be a list of 2 to {IGNORE} names, from id 0 on')
+    expected = dict(        # the shape, and the range in which the largest number lies
+        palette=((K, 3), 2, 255),       # colours are not from 0 to 1
+        mirror=((K,), K - 1, K - 1),
+        mean=((3,), 0, 1),              # and these are not from 0 to 255
+        std=((3,), 0, 1),
+    )
+    for key, (shape, low, high) in expected.items():
+        values = np.array(classes[key])
+        numbers = np.issubdtype(values.dtype, np.number) and values.shape == shape
+        if not numbers or not low <= values.max() <= high:
+            raise ValueError(f'"{key}" has to be a list of shape {shape} whose largest number is '
+                             f"from {low} to {high}, not {str(classes[key])[:80]}")
     mirror = classes["mirror"]
     if [mirror[i] for i in mirror] != list(range(K)):
-        raise Problem(f'{path}: "mirror" has to lead from left to right and back: {mirror}')
-    if np.max(classes["palette"]) <= 1:
-        raise Problem(f'{path}: "palette" has to have colours from 0 to 255, not to 1')
-    coarse = [*classes["groups"].values(), *classes["merge"].values()]
-    if any(max(ids) >= K for ids in coarse):
-        raise Problem(f'{path}: "groups" and "merge" have to have ids from 0 to {K - 1}')
+        raise ValueError(f'"mirror" has to lead from left to right and back: {mirror}')
+    for ids in (*classes["groups"].values(), *classes["merge"].values()):
+        if max(ids) >= K:
+            raise ValueError(f'"groups" and "merge" have to have ids from 0 to {K - 1}')
 
 
 def read_classes(data, count=False):
     """The checked content of DATA/classes.json, with defaults for all but `names`.
 
     count: add size, pixels (K ints), mean and std (RGB, 0 to 1) of the train split. They are
-    counted on first use, and again when the number of frames has changed. `pixels` that neither
-    this function nor prepare_surreal.py counted (that one leaves its settings) are not believed.
-    Raises Problem for a missing or unfinished folder and for wrong values.
+    counted on first use, and again when the number of frames has changed. Only counts of this
+    function and of prepare_surreal.py, which leaves its settings, are believed. Raises Problem for
+    a missing or unfinished folder and for wrong values.
     """
     path = Path(data) / "classes.json"
-    try:
-        stored = json.loads(path.read_bytes())
-        names = stored["names"]
-    except ValueError as error:         # it names line and column
-        raise Problem(f"{path} is no JSON: {error}") from error
-    except (OSError, LookupError, TypeError) as error:
+    if not path.is_file():
         raise Problem(f"{data} is missing or unfinished: name other --data, run prepare_surreal.py "
-                      f'or write your own {path}: {{"names": ["background", ...]}}') from error
-    K = len(names)
-    if isinstance(names, dict):         # {"0": "background", "1": "cat"}
-        names = [names.get(str(i)) for i in range(K)]
-    shades = np.linspace(0, 0.95, K)
-    palette = colormaps["nipy_spectral"](shades, bytes=True)
-    defaults = dict(
-        palette=palette[:, :3].tolist(),
-        mirror=list(range(K)),
-        joint_mirror=None,
-        groups={},
-        merge={},
-        mean=[0.5] * 3,
-        std=[0.25] * 3,
-        size=None,
-        settings={},
-        source=f"own data, {data}",
-    )
-    classes = defaults | stored | dict(names=names)
-    check_classes(path, classes)
+                      f'or write your own {path}: {{"names": ["background", ...]}}')
+    try:
+        stored = json.loads(path.read_bytes())      # the error names line and column
+        K = len(stored["names"])
+        shades = np.linspace(0, 0.95, K)
+        palette = colormaps["nipy_spectral"](shades, bytes=True)
+        classes = dict(
+            palette=palette[:, :3].tolist(),
+            mirror=list(range(K)),
+            joint_mirror=None,
+            groups={},
+            merge={},
+            mean=[0.5] * 3,
+            std=[0.25] * 3,
+            size=None,
+            settings={},
+            source=f"own data, {data}",
+        )
+        classes |= stored
+        check_classes(classes)
+    except (ValueError, TypeError, LookupError) as error:
+        raise Problem(f"{path} cannot be right: {error}") from error
     if count and not classes["settings"]:
         train = Split(data, "train", classes)
         if classes.get("counted") != len(train.frames):
-            given = {key: stored[key] for key in ("mean", "std") if key in stored}
-            classes |= count_pixels(train) | given
+            classes |= count_pixels(train)
             try:
                 path.write_text(json.dumps(classes, indent=1), encoding="utf-8")
             except OSError as error:
@@ -301,7 +288,7 @@ def count_pixels(split):
     count = len(split.frames)
     pixels = np.zeros(IGNORE + 1, np.int64)
     mean, square = np.zeros((2, 3))
-    for frame in tqdm(split.frames, desc="counting labels", unit=" frames", disable=None):
+    for frame in tqdm(split.frames, "counting labels", disable=None):
         image, label = split.load_frame(frame)
         values = image.reshape(-1, 3) / 255
         mean += values.mean(0) / count
@@ -321,10 +308,11 @@ def count_pixels(split):
     )
 
 
-def pictures_in(folder, endings, pattern="*"):
-    """Sorted paths of a folder's pictures, hidden files (macOS leaves "._" ones) left out."""
-    names = glob.glob(pattern, root_dir=folder, recursive=True)
-    return [f"{folder}/{name}" for name in sorted(names) if name.lower().endswith(endings)]
+def find_files(folder, pattern="*", endings=PICTURES):
+    """Sorted paths that fit the pattern and end so, in linked folders too (which rglob skips), but
+    without hidden files (macOS leaves "._" ones)."""
+    names = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
+    return [Path(folder, name) for name in names if name.lower().endswith(endings)]
 
 
 def composed(name):
@@ -332,9 +320,9 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-def frames_in(folder, endings=(".jpg", ".jpeg", ".png")):
+def frames_in(folder, endings=PICTURES):
     """Frame name -> path of its picture."""
-    return {composed(Path(path).stem): path for path in pictures_in(folder, endings)}
+    return {composed(path.stem): path for path in find_files(folder, endings=endings)}
 
 
 def group_of(frame):
@@ -348,8 +336,11 @@ def group_of(frame):
 def shared_groups(data):
     """Sorted names of the groups that train shares with val or test, [] if none. (SURREAL's val and
     test share sequences, of which they have different clips.)"""
-    train, val, test = ({group_of(frame) for frame in frames_in(Path(data) / split / "images")}
-                        for split in ("train", "val", "test"))
+    groups = []
+    for split in ("train", "val", "test"):
+        frames = frames_in(Path(data) / split / "images")
+        groups.append({group_of(frame) for frame in frames})
+    train, val, test = groups
     if len(train | val | test) == 1:    # no videos: all pictures are called IMG, for example
         return []
     return sorted(train & (val | test))
@@ -365,7 +356,8 @@ def open_picture(path, side=None, size=None):
     try:
         image = Image.open(path)
         width, height = image.size
-        image.draft("RGB", (size or width, size or height))
+        if size:
+            image.draft("RGB", (size, size))
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
     except Exception as error:          # a garbled file makes Pillow stumble in any way
@@ -390,7 +382,7 @@ class Split(Dataset):
         self.labels = frames_in(self.folder / "labels", ".png")     # JPEG would blur ids
         self.frames = sorted(self.images)
         if not self.frames:
-            raise Problem(f"{data} has no split {split!r}: no .jpg or .png in {self.folder}/images")
+            raise Problem(f"{data} has no split {split!r}: no pictures in {self.folder}/images")
         unlabelled = sorted(self.images.keys() - self.labels.keys())
         if unlabelled:
             raise Problem(f"{self.images[unlabelled[0]]} has no label {self.folder}/labels/"
@@ -408,7 +400,7 @@ class Split(Dataset):
     def read_joints(self, path):
         """(frames, J, 2) float32, x and y in pixels of the prepared images, NaN where unknown."""
         stored = np.load(path)
-        names = [composed(frame) for frame in stored["frames"].tolist()]
+        names = map(composed, stored["frames"])
         known = dict(zip(names, stored["joints"]))
         if not known.keys() & self.images.keys():
             raise Problem(f"{path} has joints of no frame in {self.folder}/images")
@@ -419,30 +411,27 @@ class Split(Dataset):
         """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
         images, if known."""
         pairs = [self.load_frame(self.frames[index]) for index in indices]
-        images = np.stack([image for image, _ in pairs])
-        labels = np.stack([label for _, label in pairs])
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)       # channels last in memory
-        batch = dict(images=images, labels=torch.from_numpy(labels))
+        images, labels = zip(*pairs)
+        images = torch.from_numpy(np.stack(images))
+        batch = dict(
+            images=images.permute(0, 3, 1, 2),      # channels last in memory
+            labels=torch.from_numpy(np.stack(labels)),
+        )
         if self.joints is not None:     # whole numbers are the centres of pixels
             scale = self.size / self.prepared
             joints = (self.joints[list(indices)] + 0.5) * scale - 0.5
-            batch["joints"] = torch.from_numpy(joints.astype(np.float32))
+            batch["joints"] = torch.from_numpy(joints)
         return batch
 
     def load_frame(self, frame):
         """Image (S, S, 3) and label (L, L), uint8. Raises Problem naming the file."""
-        image = open_picture(self.images[frame], self.prepared, self.size)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if image.width != self.size:    # BILINEAR averages when shrinking
-            image = image.resize((self.size, self.size), Image.BILINEAR)
+        image = open_picture(self.images[frame], self.prepared, self.size).convert("RGB")
+        image = image.resize((self.size, self.size), Image.BILINEAR)    # averages where it shrinks
         path = self.labels[frame]
         label = open_picture(path, self.prepared)
         if label.mode not in ("P", "L"):
             raise Problem(f'{path} has to be a grey or palette PNG of ids: README, "Your own"')
-        if label.width != self.label_size:
-            label = label.resize((self.label_size, self.label_size), Image.NEAREST)
-        label = np.asarray(label)
+        label = np.asarray(label.resize((self.label_size, self.label_size), Image.NEAREST))
         K = len(self.classes["names"])
         unknown = label[(label >= K) & (label != IGNORE)]
         if unknown.size:
@@ -470,17 +459,17 @@ def reader(dataset, chunks, workers, device, persistent=False):
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def reader_count(workers, device, processes=1):
+def reader_count(workers, device):
     """How many processes read images: `workers`, if that is not None. A GPU is fed by every core
-    that each of its `processes` on this machine can have, at most 16; a CPU needs them to train."""
-    if workers is not None and workers < 0:
+    that torchrun's processes on this machine can have each, at most 16; a CPU needs them to train.
+    """
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = os.cpu_count() // processes
+        return min(max(cores, 1), 16) if device.type == "cuda" else 1
+    if workers < 0:
         raise Problem(f"--workers has to be 0 or more, not {workers}")
-    if workers is not None:
-        return workers
-    if device.type != "cuda":
-        return 1
-    cores = os.cpu_count() or 1
-    return min(max(cores // processes, 1), 16)
+    return workers
 
 
 def to_device(batch, device):
@@ -520,21 +509,12 @@ def markdown(rows):
 
 def report_column(run):
     """title -> cell: the figures of one run of measure()."""
-    classes = run["classes"]
-    confusion = run["confusions"].sum(0)
-    figures = scores(confusion)
+    figures = scores(run["confusions"].sum(0))
     half_widths = bootstrap(run["confusions"])
     column = {"%": run["name"], "image size": run["split"].size}
     for key, title in FIGURES.items():
         column[title] = percent(figures[key], half_widths[key])
-    ids = np.arange(len(confusion))
-    mirror = np.array(classes["mirror"])
-    sides = ids != mirror               # classes with a left and a right
-    swapped = confusion[ids, mirror][sides].sum()
-    wrong = confusion.sum() - confusion.trace()
-    share = swapped / max(wrong, 1) if sides.any() else np.nan
-    column["left and right confused, of wrong pixels"] = percent(share)
-    for group, ids in classes["groups"].items():
+    for group, ids in run["classes"]["groups"].items():
         column[f"accuracy: {group}"] = percent(np.nanmean(figures["recall"][ids]))
     return column
 
@@ -542,12 +522,12 @@ def report_column(run):
 def class_table(title, names, confusion):
     """Markdown: the figures of every class, and their means in the last row."""
     figures = scores(confusion)
-    rows = [(title, "IoU", "F1", "precision", "accuracy")]
-    columns = [figures[key] for key in ("iou", "class_f1", "class_precision", "recall")]
-    for name, *values in zip(names, *columns):
+    rows = [(title, "IoU", "F1", "accuracy")]
+    columns = (figures["iou"], figures["class_f1"], figures["recall"])
+    table = np.stack(columns, 1)        # (K, 3)
+    means = np.nanmean(table, 0)
+    for name, values in zip([*names, "mean"], [*table, means]):
         rows.append((name, *map(percent, values)))
-    means = [np.nanmean(column) for column in columns]
-    rows.append(("mean", *map(percent, means)))
     return "\n" + markdown(rows)
 
 
@@ -556,14 +536,15 @@ def report_text(runs, per_class=True):
     classes = runs[0]["classes"]
     split = runs[0]["split"]
     columns = [report_column(run) for run in runs]
-    rows = []
-    for title in columns[0]:
-        rows.append((title, *(column[title] for column in columns)))
+    titles = columns[0].keys()
+    cells = [column.values() for column in columns]
     kind = "every frame is one" if split.groups == split.frames else "sequences or videos"
-    lines = [f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
-             f"{len(set(split.groups))} groups ({kind})\n",
-             markdown(rows),
-             "+-: half the 95 % interval over the choice of groups, not of the training seed."]
+    lines = [
+        f"**{classes['source']}**: {len(split.frames)} images of {split.folder}, "
+        f"{len(set(split.groups))} groups ({kind})\n",
+        markdown([*zip(titles, *cells)]),
+        "+-: half the 95 % interval over the choice of groups, not of the training seed.",
+    ]
     shared = shared_groups(split.folder.parent)
     if shared:
         lines.append(f"{len(shared)} groups are in train too, {shared[0]} for example, so these "
@@ -591,79 +572,64 @@ def colours(labels, palette):
     return table[labels]
 
 
-def draw_grid(path, rows, classes, ids):
-    """Rows (name, pictures (H, W, 3) uint8, their titles) above a legend of the classes `ids`."""
+def draw_grid(path, rows, classes, side=3):
+    """Rows (name, pictures (H, W, 3) uint8) above a legend of the classes. side: in inches."""
     across = len(rows[0][1])
-    height, width = rows[0][1][0].shape[:2]
-    longest = max(height, width)
-    side = max(2.9, min(longest, 1024) / 110)   # inches: a pixel for every pixel up to 1024
-    cell = max(0.3, side * width / longest)
-    inches = (
-        cell * across + 1,
-        cell * len(rows) * height / width + 1.3,
-    )
-    sheet = figure.Figure(inches, dpi=110, layout="constrained")
+    width = side * across
+    columns = width // 2                # of the legend, four lines of which take an inch
+    legend = len(classes["names"]) / columns / 4 + 1
+    sheet = figure.Figure((width, side * len(rows) + legend), dpi=110, layout="constrained")
     grid = sheet.subplots(len(rows), across, squeeze=False)
-    for line, (name, pictures, titles) in zip(grid, rows):
+    for line, (name, pictures) in zip(grid, rows):
         line[0].set_ylabel(name)
-        for axes, picture, title in zip(line, pictures, titles):
+        for axes, picture in zip(line, pictures):
             axes.imshow(picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[], title=title)
-    palette = np.array(classes["palette"]) / 255
+            axes.set(xticks=[], yticks=[])
     handles = []
-    for i in ids:
-        handles.append(patches.Patch(color=palette[i], label=classes["names"][i]))
+    for name, colour in zip(classes["names"], classes["palette"]):
+        handles.append(patches.Patch(color=np.array(colour) / 255, label=name))
     sheet.legend(
         handles=handles,
         title=classes["source"],
-        fontsize=9,
-        frameon=False,
         loc="outside lower center",
-        ncols=int(1.6 * across),
+        ncols=columns,
     )
     sheet.savefig(path)
 
 
 def draw_examples(path, runs):
-    """Six frames, from the best mIoU to the worst: photo, ground truth, a row for each network."""
+    """Six frames, from the first network's best mIoU to its worst: photo, ground truth, and a row
+    for each network."""
     split = runs[0]["split"]
     classes = runs[0]["classes"]
-    palette = classes["palette"]
-    frame_miou = np.nan_to_num([run["frame_miou"] for run in runs])         # (runs, N)
-    best_first = np.argsort(-frame_miou.mean(0), kind="stable")
-    places = np.linspace(0, len(best_first) - 1, 6).astype(int)
-    chosen = best_first[np.unique(places)]
+    best_first = np.argsort(-runs[0]["frame_miou"])
+    last = len(best_first) - 1
+    places = np.linspace(0, last, min(6, last + 1))
+    chosen = best_first[places.astype(int)]
     batch = split[chosen]
     labels = batch["labels"].numpy()
-    blank = [""] * len(chosen)
     photos = batch["images"].permute(0, 2, 3, 1).numpy()
-    truth = colours(labels, palette)
-    rows = [("photo", photos, blank), ("ground truth", truth, blank)]
-    for run, values in zip(runs, frame_miou[:, chosen]):
+    rows = [("photo", photos), ("ground truth", colours(labels, classes["palette"]))]
+    for run in runs:
         images = run["split"][chosen]["images"]
         prediction, _ = run["predict"](images, labels.shape[1:])
-        titles = [f"mIoU {percent(value)} %" for value in values]
-        coloured = colours(prediction.cpu().numpy(), palette)
-        rows.append((run["name"], coloured, titles))
-    draw_grid(path, rows, classes, range(len(palette)))
+        ids = prediction.cpu().numpy()
+        rows.append((run["name"], colours(ids, classes["palette"])))
+    draw_grid(path, rows, classes)
 
 
-def fitted(image, side, method):
+def fitted(image, side):
     """The PIL image with its longer side `side`; the shorter one keeps at least a pixel."""
     scale = side / max(image.size)
     size = [max(1, round(length * scale)) for length in image.size]
-    return image.resize(size, method)
+    return image.resize(size, Image.BILINEAR)
 
 
 def find_pictures(entries):
     """The files among `entries` and the pictures at any depth in its folders, as absolute paths."""
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
     files = []
     for entry in map(os.path.abspath, entries):
-        if os.path.isdir(entry):
-            files += pictures_in(entry, endings, "**/*")
-        else:
-            files.append(entry)
+        files += find_files(entry, "**/*") or [entry]
     if not any(map(os.path.isfile, files)):
         raise Problem(f"--images {' '.join(entries)}: no picture is there")
     return files
@@ -685,18 +651,15 @@ def segment(predict, files, out):
             print(problem)
             status = 1
             continue
-        small = fitted(image, size, Image.BILINEAR)         # as in training
-        shown = fitted(image, min(1024, max(image.size)), Image.BICUBIC)     # to look at
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-        prediction, _ = predict(pixels[None], shown.size[::-1])
+        pixels = np.array(fitted(image, size))      # as large as in training
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+        photo = np.array(fitted(image, 1024))       # to look at
+        prediction, _ = predict(pixels[None], photo.shape[:2])
         ids = prediction[0].byte().cpu().numpy()
-        photo = np.asarray(shown)
-        tinted = photo // 3 + palette[ids] // 3 * 2
-        overlay = np.where(ids[..., None] > 0, tinted, photo)
+        overlay = photo // 2 + palette[ids] // 2
         result = Path(out) / os.path.relpath(file, common)
         result.parent.mkdir(parents=True, exist_ok=True)
-        rows = [("", [photo, overlay], ["", ""])]
-        draw_grid(f"{result}-overlay.png", rows, classes, np.unique(ids))
+        draw_grid(f"{result}-overlay.png", [("", [photo, overlay])], classes, side=8)
         labels = Image.fromarray(ids).resize(image.size, Image.NEAREST)
         labels.putpalette(palette.tobytes())
         labels.save(f"{result}-labels.png")
@@ -706,35 +669,29 @@ def segment(predict, files, out):
 
 # ---- Devices
 
-def bf16_instructions():
-    """Whether the CPU computes in bf16 itself. torch 2.11 does not tell everywhere."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-
-
 def fastest_precision(device):
     """bf16 where the hardware has it; fp16 on CUDA cards before Ampere, which have no bf16."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if device.type == "cpu" and bf16_instructions() else "fp32"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):     # torch 2.11 lacks it
+        able = torch.cpu.get_capabilities()
+        if able.get("avx512_bf16") or able.get("amx_bf16"):
+            return "bf16"
+    return "fp32"
 
 
 def pick_device(name="auto", precision="auto"):
     """(torch.device, "fp32", "bf16" or "fp16"). auto: CUDA where there is one, else the CPU, and
-    the fastest precision there. Raises Problem for a device that is not here."""
+    the fastest precision there. (torch warns where the driver is too old for it.) Raises Problem
+    for a device that is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
-            print("no GPU is used: nvidia-smi is here, but the driver is too old for torch's CUDA "
-                  f"{torch.version.cuda}, or hides the card")
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
     if precision == "auto":
         precision = fastest_precision(device)
-    elif precision == "bf16" and device.type == "cpu" and not bf16_instructions():
-        print("--precision bf16 is ten times slower than fp32 on this CPU")
     return device, precision
 
 
@@ -752,9 +709,8 @@ def autocast(device, precision):
 # ---- Checkpoints
 
 def newest(folder, name):
-    """Paths of all files called `name` in `folder` or below, linked folders too, newest first."""
-    found = glob.glob(f"**/{name}", root_dir=folder, recursive=True)     # rglob skips links
-    paths = [Path(folder) / path for path in found]
+    """Paths of all files called `name` in `folder` or below, newest first."""
+    paths = find_files(folder, f"**/{name}", name)
     return sorted(paths, key=os.path.getmtime, reverse=True)
 
 
@@ -779,8 +735,7 @@ def load_checkpoint(path):
         network = MODELS[checkpoint["model"]](**checkpoint["kwargs"])
         network.load_state_dict(checkpoint["weights"])
     except Exception as error:          # a garbled file can raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise Problem(f"{path} is no usable checkpoint of train.py ({reason})") from error
+        raise Problem(f"{path} is no usable checkpoint of train.py ({error!r:.150})") from error
     return checkpoint, network.eval()
 
 
@@ -794,8 +749,7 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
         raise Problem(f"{data} has other classes than {path}: name other data with --data")
     size = predict.settings["size"] or predict.classes["size"]
     frames = Split(data, split, classes, size)
-    indices = range(len(frames.frames))
-    chunks = [indices[start:start + batch_size] for start in indices[::batch_size]]
+    chunks = BatchSampler(range(len(frames.frames)), batch_size, drop_last=False)
     workers = reader_count(workers, predict.device)
     batches = reader(frames, chunks, workers, predict.device)
     _, codes = np.unique(frames.groups, return_inverse=True)
@@ -813,39 +767,31 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
 
 # ---- Command line
 
-LESS = "out of memory: try a smaller --batch-size or --size"
-TROUBLE = {     # words in an exception, and what they mean to a user
-    "out of memory": LESS,
-    "allocate memory": LESS,
-    "memoryerror": LESS,
-    "dataloader worker": "a process that reads images was killed, often because /dev/shm or the "
-                         "memory is too small: try fewer --workers, or 0",
-}
-
-
 def run_command(program, function):
     """Ends the process with the status of function(); with 2 after one sentence on what a user can
     mend or a machine runs out of; with 130 after Ctrl-C. A bug keeps its traceback."""
+    def stop(status, message):
+        print(f"{program}: {message}", file=sys.stderr)
+        sys.exit(status)
+
     sys.stdout.reconfigure(errors="backslashreplace")       # names of files that are not UTF-8
-    status = 2
-    message = None
     try:
-        status = function()
+        sys.exit(function())
     except KeyboardInterrupt:
-        status, message = 130, "stopped by Ctrl-C"
+        stop(130, "stopped by Ctrl-C")
     except (Problem, OSError) as error:     # a reader's traceback ends in "Problem: ..."
-        last_line = (str(error) or repr(error)).splitlines()[-1]
-        message = last_line.split("Problem: ")[-1]
-    except (RuntimeError, MemoryError) as error:
-        known = [TROUBLE[words] for words in TROUBLE if words in repr(error).lower()]
-        if not known:
-            raise
-        message = known[0]
+        stop(2, str(error).splitlines()[-1].split("Problem: ")[-1])
+    except RuntimeError as error:
+        text = str(error)
+        if "out of memory" in text or "allocate memory" in text:
+            stop(2, "out of memory: try --device cpu or, in training, a smaller --batch-size or "
+                    "--size")
+        if "DataLoader worker (pid" in text:
+            stop(2, "a process that reads images was killed, often because /dev/shm or the memory "
+                    "is too small: try fewer --workers, or 0")
+        raise
     finally:
         end_readers()
-    if message:
-        print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def end_readers():
@@ -864,8 +810,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                          allow_abbrev=False, **settings)
         add = self.add_argument_group("machine").add_argument
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        add("--device", help="auto, cpu, cuda, cuda:1, mps, ...")
+        add("--precision", choices=("auto", "fp32", "bf16", "fp16"),
             help="auto: the fastest on the device")
         add("--workers", type=int, help="processes that read images; 0: only this one; without it, "
             "1 on a CPU, and one a core, at most 16, for a GPU")
@@ -874,9 +820,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def parse(argv):
-    """The options of the command line, checked."""
+def build_parser():
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
+    parser.set_defaults(device="auto", precision="auto")
     add = parser.add_argument
     add("--ckpt", nargs="*", default=[], metavar="PATH",
         help="checkpoints, several are compared; of a folder, its newest best.pt is taken")
@@ -885,38 +831,31 @@ def parse(argv):
     add("--split", choices=("train", "val", "test"), default="test", help="frames to measure on")
     add("--per-class", action="store_true", help="print the figures of every class too")
     add("--out", metavar="DIR", help="folder for results, if not beside the checkpoint or in runs/")
-    add("--batch-size", type=int, default=8, help="images at a time; changes memory and speed only")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error("--batch-size starts at 1")
-    if args.images and len(args.ckpt) > 1:
-        parser.error("--images takes one --ckpt")
-    return args
-
-
-def compare(runs, out, per_class):
-    """Writes report.md and examples.png into the folder `out`, and prints the report."""
-    if len({run["split"].folder for run in runs}) > 1:
-        raise Problem("these networks were trained on different data: choose one with --data")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(report_text(runs), encoding="utf-8")
-    draw_examples(out / "examples.png", runs)
-    print(report_text(runs, per_class), f"\nWritten into {out}: report.md, examples.png")
+    return parser
 
 
 def main(argv=None):
     """Returns the exit status, or raises what run_command explains."""
-    args = parse(argv)
-    files = find_pictures(args.images) if args.images else []
+    args = build_parser().parse_args(argv)
     paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
     machine = (args.device, args.precision)
-    if files:
+    if args.images:
+        if len(paths) > 1:
+            raise Problem("--images takes one --ckpt")
+        files = find_pictures(args.images)
         predict = Predictor(*load_checkpoint(paths[0]), *pick_device(*machine))
         return segment(predict, files, args.out or "runs/pictures")
-    options = (*machine, args.batch_size, args.workers)
-    runs = [measure(path, args.split, args.data, *options) for path in paths]
+    runs = []
+    for path in paths:
+        runs.append(measure(path, args.split, args.data, *machine, workers=args.workers))
+    if len({run["split"].folder for run in runs}) > 1:
+        raise Problem("these networks were trained on different data: choose one with --data")
     beside = paths[0].parent / args.split if len(runs) == 1 else "runs/comparison"
-    compare(runs, Path(args.out or beside), args.per_class)
+    out = Path(args.out or beside)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(report_text(runs), encoding="utf-8")
+    draw_examples(out / "examples.png", runs)
+    print(report_text(runs, args.per_class), f"\nWritten into {out}: report.md, examples.png")
     return 0
 
 

@@ -31,8 +31,6 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
     rng = np.random.default_rng(seed)
     K = len(names)
     palette = np.array(PALETTE[:K])
-    stored_palette = np.zeros((256, 3), np.uint8)
-    stored_palette[:K] = palette
     pixels = np.zeros(K, np.int64)
     for split in splits:
         for kind in ("images", "labels"):
@@ -44,10 +42,10 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
             label, known[frame] = draw(rng, size, K)
             noisy = palette[label] + rng.normal(0, 4, (size, size, 3))
             image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-            image.save(folder / split / "images" / f"{frame}.jpg", quality=95)
+            image.save(folder / f"{split}/images/{frame}.jpg", quality=95)
             stored = Image.fromarray(label)
-            stored.putpalette(stored_palette.tobytes())
-            stored.save(folder / split / "labels" / f"{frame}.png")
+            stored.putpalette(np.ravel(PALETTE).tolist())
+            stored.save(folder / f"{split}/labels/{frame}.png")
             if split == "train":
                 pixels += np.bincount(label.ravel(), minlength=K)
         if joints:
