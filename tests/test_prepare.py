@@ -168,7 +168,9 @@ def prepared(raw, tmp_path_factory):
     environment = os.environ | dict(PYTHONPATH=os.path.dirname(prepare.__file__))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert " 18 clips" in done.stdout.splitlines()[-1]
+    ready, again = done.stdout.splitlines()[-2:]
+    assert " 18 clips or files and 6 single frames" in ready
+    assert " 8 broken clips" in again
     return out
 
 
@@ -200,7 +202,8 @@ def test_clips_of_run1_share_poses_over_three_numbers(tmp_path):
         for number in numbers:
             clip = tmp_path / split / f"run1/07_01/07_01_c{number:04d}.mp4"
             prepare.write_whole(clip, b"")
-    found, _ = prepare.select_clips(tmp_path, 1, [])        # of 100 frames, 30 apart
+    found = {split: prepare.find_clips(tmp_path / split) for split in SPLITS}
+    prepare.select_clips(found, 1, [])                      # of 100 frames, 30 apart
     assert [*found["test"]] == ["07_01_c0001", "07_01_c0009", "07_01_c0010"]
 
 
@@ -255,10 +258,12 @@ def test_a_folder_is_never_overwritten(raw, prepared, tmp_path, capsys):
     assert run("--raw", raw, "--out", prepared, "--size", 96) == 2
     assert "'size': 64" in capsys.readouterr().err
     assert files(prepared) == before
-    thesis = tmp_path / "thesis.txt"
+    thesis = tmp_path / "classes.json"
     thesis.write_text("precious")
-    assert run("--raw", raw, "--out", tmp_path) == run("--raw", raw, "--out", thesis) == 2
-    assert files(tmp_path) == {"thesis.txt": b"precious"}
+    assert run("--raw", raw, "--out", tmp_path) == 2
+    assert "not made by this program" in capsys.readouterr().err
+    assert run("--raw", raw, "--out", thesis) == 2
+    assert files(tmp_path) == {"classes.json": b"precious"}
 
 
 def test_killed_or_interrupted_it_goes_on_and_ends_with_the_same_files(raw, prepared, tmp_path):
@@ -292,7 +297,7 @@ def test_a_mended_clip_is_tried_again_and_late_clips_do_not_enter(three, tmp_pat
     whole = Path(video).read_bytes()
     os.truncate(video, 900)
     assert run(*three) == 0
-    assert " 1 clips" in capsys.readouterr().out.splitlines()[-1]
+    assert "1 broken clips again" in capsys.readouterr().out.splitlines()[-1]
     Path(video).write_bytes(whole)
     write_clip(tmp_path / "train/run0", "06_01_c0001", 4)
     for _ in range(2):
@@ -300,7 +305,9 @@ def test_a_mended_clip_is_tried_again_and_late_clips_do_not_enter(three, tmp_pat
         assert len(frames(three[1], "train")) == 8
         assert not reasons(three[1])
         assert sum(read_classes(three[1])["pixels"]) == 8 * 32 * 32
-        assert "ready" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "ready" in text and "1 clips came after" in text
+        assert "again" not in text.splitlines()[-1]
         assert not (three[1] / ".parts").exists()
 
 
@@ -327,7 +334,7 @@ def test_the_systems_end_of_a_worker_is_one_sentence(three, monkeypatch, capsys)
     (["--margin", "nan"], "--margin"),
     (["--exclude", "5*"], "5*"),
     (["--exclude", "01_*"], "no clip is left"),
-    (["--pick", "cluster", "--train", "5"], "--train 5")])
+    (["--pick", "cluster", "--train", "4"], "--train 4")])
 def test_a_mistake_is_one_sentence_before_anything_is_written(options, says, three, capsys):
     assert run(*three, *options) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -434,6 +441,13 @@ def write_pictures(folder, names, mask=LEFT):
             "--size", 30, "--workers", 0, "--names", "background", "cat"]
 
 
+NOT_UTF8 = {os.fsdecode(b"\xff.txt")} if sys.platform == "linux" else set()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def placed(out):
     return {frame: split for split in SPLITS for frame in frames(out, split)}
 
@@ -441,37 +455,58 @@ def placed(out):
 def test_six_pictures_become_a_folder_and_more_move_none(tmp_path, capsys):
     options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
     out = tmp_path / "out"
-    others = {"Thumbs.db", "._p_1.png", "folder"}
+    others = {"Thumbs.db", "._p_1.png", "folder"} | NOT_UTF8
     for name in others:
         (tmp_path / "pictures" / name).touch()
     assert run(*options) == 0
-    assert " 3 clips or files" in capsys.readouterr().out.splitlines()[-1]
-    assert {name for name, _ in reasons(out)} == others
+    assert f" {len(others)} clips or files" in capsys.readouterr().out.splitlines()[-1]
+    assert len(reasons(out)) == len(others)
     before = placed(out)
-    assert len(before) == 6
     assert {*before.values()} == {*SPLITS}
-    walk = [f"walk_{i:04d}" for i in range(20)]
-    write_pictures(tmp_path, walk + [f"x{i}" for i in range(40)])
-    for path in tmp_path.glob("*/p_0.png"):
+    precious = out / "backup/images/precious.jpg"
+    prepare.write_whole(precious, b"")
+    write_pictures(tmp_path, [f"{i}x" for i in range(40)])
+    assert run(*options) == 2                               # p_ is now a group, in all splits
+    assert "remove --out" in capsys.readouterr().err
+    assert placed(out) == before
+
+
+def test_groups_stay_in_their_splits(tmp_path, capsys, monkeypatch):
+    walks = [f"walk{i:04d}" for i in range(5)] + [f"run-{i}" for i in range(5)]
+    options = [*write_pictures(tmp_path, walks + ["a", "b"]), "--values", 0, 255]
+    out = tmp_path / "out"
+    monkeypatch.setattr(prepare, "convert", interrupt)
+    assert run(*options) == 130
+    monkeypatch.undo()
+    assert run("--raw", tmp_path, "--out", out) == 2        # does not mix with what was begun
+    chosen = json.loads((out / "settings.json").read_text())["chosen"]
+    before = {frame: split for split, _, frame, _ in chosen}
+    assert len({before[frame] for frame in walks}) == 2
+    precious = out / "backup/images/precious.jpg"
+    prepare.write_whole(precious, b"")
+    write_pictures(tmp_path, [f"{i}x" for i in range(40)])
+    for path in tmp_path.glob("*/walk0000.png"):
         path.unlink()
+    capsys.readouterr()
     assert run(*options) == 0
     after = placed(out)
-    del before["p_0"]
+    del before["walk0000"]
     assert before.items() <= after.items()
-    assert len(after) == 65
-    assert len({after[frame] for frame in walk}) == 1
+    assert len(after) == 51
+    assert precious.exists()
     count = len(frames(out, "train"))
     classes = read_classes(out)
     assert classes["pixels"] == [400 * count, 200 * count]
     assert classes["size"] == 30
-    assert f"'background': {400 * count}, 'cat': {200 * count}" in capsys.readouterr().out
+    text = f"'background': {400 * count}, 'cat': {200 * count}}}; ignored, as the margin: "
+    assert text + str(300 * count) in capsys.readouterr().out
     assert np.allclose(classes["mean"], np.array([250, 30, 30]) / 255, atol=0.01)
 
 
-def test_a_new_groups_split_is_its_hash(tmp_path):
-    names = [f"name{i}" for i in range(1000)]
-    splits = prepare.split_frames(names, tmp_path)
-    fewer = prepare.split_frames(names[500:], tmp_path)
+def test_a_new_groups_split_is_its_hash():
+    names = [f"{i}name" for i in range(1000)]
+    splits = prepare.split_frames(names, {})
+    fewer = prepare.split_frames(names[500:], {})
     assert sum(splits[name] != split for name, split in fewer.items()) <= 6
     counts = [list(splits.values()).count(split) for split in SPLITS]
     assert np.allclose(counts, (800, 100, 100), atol=30)
@@ -509,6 +544,7 @@ def test_pictures_are_upright_and_palettes_are_ids(tmp_path):
     (LEFT.astype(np.uint16), [], "mode I;16"),
     (LEFT // 2, [], "value 127"),
     (LEFT // 255, [0, 255], "value 1"),
+    (LEFT > 0, [0, 1], "--values 0 255"),                   # white of 1 bit is 255 as well
     (LEFT[1:], [], "(60, 39)"),
     (LEFT, [], "--values 0 255"),
     (LEFT, [0], "--values"),
@@ -516,26 +552,55 @@ def test_pictures_are_upright_and_palettes_are_ids(tmp_path):
     (LEFT, [0, 0], "--values"),
     (LEFT, [0, 256], "--values")])
 def test_a_mask_of_anything_but_ids_is_one_sentence(mask, values, says, tmp_path, capsys):
-    options = write_pictures(tmp_path, ["a", "b", "c"])
-    Image.fromarray(mask).save(tmp_path / "masks/b.png")
+    options = write_pictures(tmp_path, ["a", "b", "c"], mask)
     assert run(*options, *["--values", *values][:5 * len(values)]) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out/classes.json").exists()
-    write_pictures(tmp_path, ["b"])                         # mended, the same folder is taken
-    assert run(*options, "--values", 0, 255) == 0
 
 
 @pytest.mark.parametrize("edit, says", [
     (lambda folder: (folder / "masks/b.png").unlink(), "1 pictures have no mask"),
     (lambda folder: (folder / "pictures/c.png").unlink(), "is c: "),
     (lambda folder: (folder / "pictures/b.jpg").touch(), "one name"),
-    (lambda folder: (folder / "pictures/b.png").write_bytes(b""), "b.png"),
-    (lambda folder: [path.unlink() for path in folder.glob("*/b.png")], "2 new groups")])
-def test_pictures_without_a_partner_or_too_few_are_one_sentence(edit, says, tmp_path, capsys):
-    options = write_pictures(tmp_path, ["a", "b", "c"])
+    (lambda folder: os.truncate(folder / "pictures/b.png", 90), "1 pictures or masks"),
+    (lambda folder: os.truncate(folder / "masks/b.png", 60), "masks/b.png"),
+    (lambda folder: [path.unlink() for path in folder.glob("*/[bd].png")], "0001_IMG"),
+    (lambda folder: [path.unlink() for path in folder.glob("pictures/*.png")], "not entered")])
+def test_a_mistake_about_pictures_leaves_a_finished_folder_alone(edit, says, tmp_path, capsys):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    out = tmp_path / "out"
+    assert run(*options) == 0
+    before = files(out)
     edit(tmp_path)
     assert run(*options) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("more", [
+    ["--names", "a", "a"],
+    ["--names", "a", " "],
+    ["--masks", "{}/pictures"],
+    ["--raw", "x"]])
+def test_mistakes_in_the_options_of_own_pictures(more, tmp_path, capsys):
+    options = write_pictures(tmp_path, ["a", "b", "c"])
+    assert run(*options, *[word.format(tmp_path) for word in more]) == 2
+    assert more[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_process_is_refused(tmp_path, capsys):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    with prepare.lock(tmp_path / "out"):
+        assert run(*options) == 2
+    assert "another process" in capsys.readouterr().err
+    assert run(*options) == 0
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    command = [sys.executable, prepare.__file__, *options, "--names", "背景", "猫"]
+    environment = os.environ | dict(PYTHONIOENCODING="cp1252")
+    assert subprocess.run([str(word) for word in command], env=environment).returncode == 0
 
 
 def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
@@ -549,8 +614,9 @@ def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
 
 
 def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
     for number in range(12):
-        prepare.write_whole(tmp_path / f"photos/{number}.JPG", b"")
+        Image.new("L", (9, 9)).save(f"{tmp_path}/photos/{number}.JPG")
     (tmp_path / "all").mkdir()
     (tmp_path / "all/linked").symlink_to(tmp_path / "photos")
     jobs = []
@@ -562,9 +628,11 @@ def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
     assert len(used) == len({picture for _, picture in used})
     with pytest.raises(prepare.Problem, match="10"):
         prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, f"{tmp_path}/raw")
+    (tmp_path / "photos/0.JPG").write_bytes(b"")
+    with pytest.raises(prepare.Problem, match="photos|linked/0.JPG"):
+        prepare.synthesize(tmp_path / "none", 20, 1, 0, 0, f"{tmp_path}/all")
 
 
 def test_groups_are_names_without_their_number_or_surreals_sequences():
-    names = ["walk_0001", "walk_7", "x", "01_01_c0001_037", "ung_01_01_c0002_001"]
-    assert [*prepare.groups_of(names).values()] == ["walk", "walk", "x", "01_01", "01_01"]
-    assert prepare.groups_of(names[:2]) == {"walk_0001": "walk_0001", "walk_7": "walk_7"}
+    names = ["walk_0001", "walk-7", "walk07", "x", "01_01_c0001_037", "ung_01_01_c0002_001"]
+    assert [*map(prepare.group_of, names)] == ["walk"] * 3 + ["x", "01_01", "01_01"]
