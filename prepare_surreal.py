@@ -386,7 +386,7 @@ def in_parallel(function, jobs, workers, what):
     with ProcessPoolExecutor(workers or 1, initializer=start_worker) as pool:
         results = pool.map(function, *zip(*jobs)) if workers else itertools.starmap(function, jobs)
         pause = 0.2 if sys.stderr.isatty() else 30
-        yield from tqdm(results, what, len(jobs), mininterval=pause)
+        yield from tqdm(results, what, len(jobs), mininterval=pause, disable=not jobs)
 
 
 def write_whole(path, data):
@@ -1504,14 +1504,12 @@ def parse(argv):
         if lowest is not None and not value >= lowest:      # nan is not either
             parser.error(f"--{name} has to be {lowest} or more")
     args.values = args.values or list(range(len(args.names)))
-    if args.images and not (args.masks and 2 <= len(args.names) == len(args.values) < 256):
-        parser.error("--images needs --masks, --names (2 to 255), and as many --values, if any")
-    if args.images and args.images == args.masks:
-        parser.error("--masks is another folder than --images")
-    if len(set(map(str.strip, args.names)) - {""}) < len(args.names):
-        parser.error("--names are different and not empty")
-    if len(set(args.values) & set(range(256))) < len(args.values):
-        parser.error("--values are different numbers from 0 to 255")
+    names = set(map(str.strip, args.names)) - {""}
+    values = set(args.values) & set(range(256))
+    fitting = 2 <= len(names) == len(args.names) == len(values) == len(args.values) < 256
+    if args.images and not (fitting and args.masks not in (None, args.images)):
+        parser.error("--images needs --masks, another folder; --names, 2 to 255 different ones; "
+                     "and as many different --values from 0 to 255, if any")
     return args
 
 

@@ -91,8 +91,8 @@ def load(out, split, frame):
     return np.asarray(image).astype(int), np.asarray(labels)
 
 
-def read_classes(out):
-    return json.loads(Path(f"{out}/classes.json").read_text())
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def run(*options):
@@ -230,7 +230,7 @@ def test_image_labels_and_joints_of_a_frame_belong_together(raw, prepared):
 
 
 def test_classes_json_describes_the_folder(prepared):
-    classes = read_classes(prepared)
+    classes = read_json(prepared / "classes.json")
     mirror = classes["mirror"]
     pairs = [{i, twin} for i, twin in enumerate(mirror) if i < twin]
     assert pairs == [{2, 3}, {5, 6}, {8, 9}, {11, 12}, {14, 15},
@@ -304,7 +304,7 @@ def test_a_mended_clip_is_tried_again_and_late_clips_do_not_enter(three, tmp_pat
         assert run(*three) == 0
         assert len(frames(three[1], "train")) == 8
         assert not reasons(three[1])
-        assert sum(read_classes(three[1])["pixels"]) == 8 * 32 * 32
+        assert sum(read_json(three[1] / "classes.json")["pixels"]) == 8 * 32 * 32
         text = capsys.readouterr().out
         assert "ready" in text and "1 clips came after" in text
         assert "again" not in text.splitlines()[-1]
@@ -452,55 +452,48 @@ def placed(out):
     return {frame: split for split in SPLITS for frame in frames(out, split)}
 
 
-def test_six_pictures_become_a_folder_and_more_move_none(tmp_path, capsys):
-    options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
-    out = tmp_path / "out"
-    others = {"Thumbs.db", "._p_1.png", "folder"} | NOT_UTF8
-    for name in others:
-        (tmp_path / "pictures" / name).touch()
-    assert run(*options) == 0
-    assert f" {len(others)} clips or files" in capsys.readouterr().out.splitlines()[-1]
-    assert len(reasons(out)) == len(others)
-    before = placed(out)
-    assert {*before.values()} == {*SPLITS}
-    precious = out / "backup/images/precious.jpg"
-    prepare.write_whole(precious, b"")
-    write_pictures(tmp_path, [f"{i}x" for i in range(40)])
-    assert run(*options) == 2                               # p_ is now a group, in all splits
-    assert "remove --out" in capsys.readouterr().err
-    assert placed(out) == before
-
-
-def test_groups_stay_in_their_splits(tmp_path, capsys, monkeypatch):
+def test_more_pictures_move_none(tmp_path, capsys, monkeypatch):
     walks = [f"walk{i:04d}" for i in range(5)] + [f"run-{i}" for i in range(5)]
     options = [*write_pictures(tmp_path, walks + ["a", "b"]), "--values", 0, 255]
     out = tmp_path / "out"
-    monkeypatch.setattr(prepare, "convert", interrupt)
-    assert run(*options) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "convert", interrupt)
+        assert run(*options) == 130
     assert run("--raw", tmp_path, "--out", out) == 2        # does not mix with what was begun
-    chosen = json.loads((out / "settings.json").read_text())["chosen"]
-    before = {frame: split for split, _, frame, _ in chosen}
-    assert len({before[frame] for frame in walks}) == 2
+    before = {frame: split for split, _, frame, _ in read_json(out / "settings.json")["chosen"]}
+    assert len({before.pop(frame) for frame in walks[:5]}) == 1
     precious = out / "backup/images/precious.jpg"
     prepare.write_whole(precious, b"")
     write_pictures(tmp_path, [f"{i}x" for i in range(40)])
-    for path in tmp_path.glob("*/walk0000.png"):
+    others = {"Thumbs.db", "._p_1.png", "folder"} | NOT_UTF8
+    for name in others:
+        (tmp_path / "pictures" / name).touch()
+    for path in tmp_path.glob("*/walk*.png"):
         path.unlink()
-    capsys.readouterr()
     assert run(*options) == 0
-    after = placed(out)
-    del before["walk0000"]
-    assert before.items() <= after.items()
-    assert len(after) == 51
+    assert before.items() <= placed(out).items()
+    assert len(placed(out)) == 47
     assert precious.exists()
+    assert len(reasons(out)) == len(others)
     count = len(frames(out, "train"))
-    classes = read_classes(out)
+    classes = read_json(out / "classes.json")
     assert classes["pixels"] == [400 * count, 200 * count]
     assert classes["size"] == 30
-    text = f"'background': {400 * count}, 'cat': {200 * count}}}; ignored, as the margin: "
-    assert text + str(300 * count) in capsys.readouterr().out
     assert np.allclose(classes["mean"], np.array([250, 30, 30]) / 255, atol=0.01)
+    text = capsys.readouterr().out
+    assert f"'cat': {200 * count}}}; ignored, as the margin: {300 * count}" in text
+    assert f" {len(others)} clips or files" in text.splitlines()[-1]
+
+
+def test_one_video_is_split_and_no_second_is_added(tmp_path, capsys):
+    options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
+    assert run(*options) == 0
+    before = placed(tmp_path / "out")
+    assert {*before.values()} == {*SPLITS}
+    write_pictures(tmp_path, ["x"])
+    assert run(*options) == 2
+    assert "remove --out" in capsys.readouterr().err
+    assert placed(tmp_path / "out") == before
 
 
 def test_a_new_groups_split_is_its_hash():
@@ -539,21 +532,24 @@ def test_pictures_are_upright_and_palettes_are_ids(tmp_path):
     assert (image[7:, 15] < 60).all()
 
 
-@pytest.mark.parametrize("mask, values, says", [
-    (np.zeros((40, 60, 3), np.uint8), [], "mode RGB"),
-    (LEFT.astype(np.uint16), [], "mode I;16"),
-    (LEFT // 2, [], "value 127"),
-    (LEFT // 255, [0, 255], "value 1"),
-    (LEFT > 0, [0, 1], "--values 0 255"),                   # white of 1 bit is 255 as well
-    (LEFT[1:], [], "(60, 39)"),
-    (LEFT, [], "--values 0 255"),
-    (LEFT, [0], "--values"),
-    (LEFT, [0, 0, 255], "--values"),
-    (LEFT, [0, 0], "--values"),
-    (LEFT, [0, 256], "--values")])
-def test_a_mask_of_anything_but_ids_is_one_sentence(mask, values, says, tmp_path, capsys):
+@pytest.mark.parametrize("mask, more, says", [
+    (np.zeros((40, 60, 3), np.uint8), "", "mode RGB"),
+    (LEFT.astype(np.uint16), "", "mode I;16"),
+    (LEFT // 2, "", "value 127"),
+    (LEFT // 255, "--values 0 255", "value 1"),
+    (LEFT > 0, "--values 0 1", "--values 0 255"),           # white of 1 bit is 255 as well
+    (LEFT[1:], "", "(60, 39)"),
+    (LEFT, "", "--values 0 255"),
+    (LEFT, "--values 0", "different --values"),
+    (LEFT, "--values 0 0 255", "different --values"),
+    (LEFT, "--values 0 0", "different --values"),
+    (LEFT, "--values 0 256", "different --values"),
+    (LEFT, "--names cat cat", "different ones"),
+    (LEFT, "--masks pictures", "another folder")])
+def test_masks_and_options_of_own_pictures(mask, more, says, tmp_path, capsys, monkeypatch):
     options = write_pictures(tmp_path, ["a", "b", "c"], mask)
-    assert run(*options, *["--values", *values][:5 * len(values)]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert run(*options, *more.split()) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out/classes.json").exists()
 
@@ -577,17 +573,6 @@ def test_a_mistake_about_pictures_leaves_a_finished_folder_alone(edit, says, tmp
     assert files(out) == before
 
 
-@pytest.mark.parametrize("more", [
-    ["--names", "a", "a"],
-    ["--names", "a", " "],
-    ["--masks", "{}/pictures"],
-    ["--raw", "x"]])
-def test_mistakes_in_the_options_of_own_pictures(more, tmp_path, capsys):
-    options = write_pictures(tmp_path, ["a", "b", "c"])
-    assert run(*options, *[word.format(tmp_path) for word in more]) == 2
-    assert more[0] in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_second_process_is_refused(tmp_path, capsys):
     options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
     with prepare.lock(tmp_path / "out"):
@@ -609,7 +594,7 @@ def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
     assert run(*options, "--clips", 2) == 0
     assert run(*options, "--clips", 2) == 0
     assert run(*options, "--clips", 1) == 2
-    assert "not SURREAL" in read_classes(out)["source"]
+    assert "not SURREAL" in read_json(out / "classes.json")["source"]
     assert [len(frames(out, split)) for split in SPLITS] == [2, 2, 2]
 
 
