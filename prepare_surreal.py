@@ -318,8 +318,7 @@ def select_clips(found, run, exclude):
     for clip in list(found["test"]):
         if motion_of(clip) in near_val:
             del found["test"][clip]
-            reason = "also in val" if clip in found["val"] else "shares poses with a val clip"
-            skipped.append((clip, "", reason))
+            skipped.append((clip, "", "shares poses with a val clip, or is in val"))
     if not all(found.values()):
         raise Problem("no clip is left in one of the splits: --exclude less")
     return skipped
@@ -406,11 +405,15 @@ def read_json(path):
         return json.load(file)
 
 
+def sha256(name):
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
 def lock(out):
     """A context in which no other process of this machine works on the folder `out`. SQLite's locks
     are on every system, and end with their process, even one that is killed."""
-    name = hashlib.sha256(os.fsencode(os.path.realpath(out))).hexdigest()
-    connection = sqlite3.connect(f"{tempfile.gettempdir()}/prepare_surreal-{name}", timeout=0)
+    path = f"{tempfile.gettempdir()}/prepare_surreal-{sha256(os.path.realpath(out))}"
+    connection = sqlite3.connect(path, timeout=0)
     try:
         connection.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
@@ -511,7 +514,7 @@ def describe(args, settings, skipped):
         print(f"{split}: {len(frames)} frames of {len(set(map(group_of, frames)))} groups")
         if args.images:
             counts = dict(zip(names, pixels.tolist()))
-            print(f"    pixels of each class: {counts}; ignored, as the margin: {pixels[IGNORE]}")
+            print(f"    pixels of each class: {counts}; ignored, with the margin: {pixels[IGNORE]}")
         else:
             joints = np.array(joints, np.float32).reshape(-1, 24, 2)
             np.savez(f"{out}/{split}/joints.npz", frames=np.array(frames, str), joints=joints)
@@ -536,9 +539,8 @@ def describe(args, settings, skipped):
         source = f"SURREAL, run{args.run}; its left is the visible person's right"
         classes |= dict(SURREAL, source=source)
     write_json(out / "classes.json", classes, indent=1)
-    single = sum(bool(frame) for _, frame, _ in skipped)
-    print(f"{out} is ready, preview.png shows some of it; {len(skipped) - single} clips or files "
-          f"and {single} single frames were left out, skipped.csv says why")
+    print(f"{out} is ready, preview.png shows some of it; {len(skipped)} clips, frames or files "
+          "were left out, skipped.csv says why")
 
 
 # ------ Your own pictures
@@ -585,15 +587,13 @@ def split_frames(frames, stored):
             raise Problem(f"the frames of {group!r} were the only ones at first, so they lie in "
                           "several splits: remove --out to split all anew, each group as a whole")
     empty = [split for split in SPLITS if split not in splits.values()]
-    hashes = {}
-    for group in set(groups.values()) - set(splits):
-        hashes[group] = int(hashlib.sha256(os.fsencode(group)).hexdigest(), 16)
-    if len(hashes) < len(empty):
-        raise Problem(f"{len(hashes)} new groups of pictures (names without their last number) are "
+    new = sorted(set(groups.values()) - set(splits), key=sha256)
+    if len(new) < len(empty):
+        raise Problem(f"{len(new)} new groups of pictures (names without their last number) are "
                       f"too few for {empty}, which need one each: add pictures, or, if those of a "
                       "group do not belong together, put the number first, 0001_IMG for IMG_0001")
-    for group in sorted(hashes, key=hashes.get):
-        tenth = hashes[group] % 10
+    for group in new:
+        tenth = int(sha256(group), 16) % 10
         splits[group] = empty.pop(0) if empty else SPLITS[max(0, tenth - 7)]
     return {frame: splits[group] for frame, group in groups.items()}
 

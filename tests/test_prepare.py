@@ -169,7 +169,7 @@ def prepared(raw, tmp_path_factory):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ready, again = done.stdout.splitlines()[-2:]
-    assert " 18 clips or files and 6 single frames" in ready
+    assert " 24 clips, frames or files" in ready
     assert " 8 broken clips" in again
     return out
 
@@ -179,15 +179,16 @@ def test_a_broken_clip_or_frame_costs_that_alone_and_has_its_reason(prepared):
     expected = [f"{clip}_{t:03d}" for clip, T in good.items() for t in range(1, T + 1)]
     expected += [f"60_01_c0001_00{t}" for t in (1, 8, 9)]
     assert frames(prepared, "train") == sorted(expected)
-    texts = {("02_01_c0003", ""): "also in val", ("50_04_c0001", ""): "mp4"}
+    texts = {("50_04_c0001", ""): "mp4"}
     for number, part in enumerate(("mp4", "segm", "info"), 1):
         texts[f"50_01_c000{number}", ""] = texts[f"50_02_c000{number}", ""] = part
     for number, (_, text) in enumerate(DEFECTS, 1):
         texts[f"50_03_c000{number}", ""] = text
     for t, text in enumerate(["mask", "mask", "mask", "joints", "joints", "no person"], 2):
         texts["60_01_c0001", str(t)] = text
-    for clip in ("02_01_c0002", "02_01_c0004", *(f"ung_02_01_c000{n}" for n in (2, 3, 4))):
-        texts[clip, ""] = "shares poses with a val clip"
+    for number in (2, 3, 4):
+        for motion in ("02_01", "ung_02_01"):
+            texts[f"{motion}_c000{number}", ""] = "val"
     found = reasons(prepared)
     assert found.keys() == texts.keys()
     assert all(texts[key] in reason for key, reason in found.items()), found
@@ -481,8 +482,8 @@ def test_more_pictures_move_none(tmp_path, capsys, monkeypatch):
     assert classes["size"] == 30
     assert np.allclose(classes["mean"], np.array([250, 30, 30]) / 255, atol=0.01)
     text = capsys.readouterr().out
-    assert f"'cat': {200 * count}}}; ignored, as the margin: {300 * count}" in text
-    assert f" {len(others)} clips or files" in text.splitlines()[-1]
+    assert f"'cat': {200 * count}}}; ignored, with the margin: {300 * count}" in text
+    assert f" {len(others)} clips, frames" in text.splitlines()[-1]
 
 
 def test_one_video_is_split_and_no_second_is_added(tmp_path, capsys):
@@ -588,34 +589,34 @@ def test_names_that_the_terminal_cannot_show(tmp_path):
     assert subprocess.run([str(word) for word in command], env=environment).returncode == 0
 
 
-def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
+def test_the_stand_in_is_rendered_and_prepared(tmp_path):
     out = tmp_path / "standin"
     options = ["--synthesize", "--out", out, "--frames", 1, "--size", 64, "--workers", 0]
-    assert run(*options, "--clips", 2) == 0
-    assert run(*options, "--clips", 2) == 0
-    assert run(*options, "--clips", 1) == 2
-    assert "not SURREAL" in read_json(out / "classes.json")["source"]
+    assert run(*options, "--run", 1) == 2                   # the stand-in has run 0 alone
+    for _ in range(2):
+        assert run(*options, "--clips", 2) == 0
+    classes = read_json(out / "classes.json")
+    assert "not SURREAL" in classes["source"]
+    assert classes["settings"]["raw"] == f"{out}-raw"
     assert [len(frames(out, split)) for split in SPLITS] == [2, 2, 2]
 
 
-def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
-    (tmp_path / "photos").mkdir()
+def test_backgrounds_lie_in_linked_folders_and_a_broken_one_is_named(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for number in range(12):
-        Image.new("L", (9, 9)).save(f"{tmp_path}/photos/{number}.JPG")
+        Image.new("L", (9, 9)).save(f"{photos}/{number}.JPG")
     (tmp_path / "all").mkdir()
-    (tmp_path / "all/linked").symlink_to(tmp_path / "photos")
-    jobs = []
-    monkeypatch.setattr(prepare, "make_clip", lambda *job: jobs.append(job))
-    prepare.synthesize(tmp_path / "raw", 20, 1, 0, 0, f"{tmp_path}/all")
-    splits = [split for _, split, *_ in jobs]
-    assert splits == ["train"] * 20 + ["val"] * 2 + ["test"] * 2
-    used = {(split, picture) for _, split, *_, picture in jobs}
-    assert len(used) == len({picture for _, picture in used})
-    with pytest.raises(prepare.Problem, match="10"):
-        prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, f"{tmp_path}/raw")
-    (tmp_path / "photos/0.JPG").write_bytes(b"")
-    with pytest.raises(prepare.Problem, match="photos|linked/0.JPG"):
-        prepare.synthesize(tmp_path / "none", 20, 1, 0, 0, f"{tmp_path}/all")
+    (tmp_path / "all/linked").symlink_to(photos)
+    pictures = []
+    monkeypatch.setattr(prepare, "make_clip", lambda *job: pictures.append(job[-1]))
+    render = (20, 1, 0, 0, f"{tmp_path}/all")
+    prepare.synthesize(tmp_path / "raw", *render)
+    assert len(pictures) == 24
+    assert len(set(pictures)) == 12
+    (photos / "0.JPG").write_bytes(b"")
+    with pytest.raises(prepare.Problem, match="linked/0.JPG"):
+        prepare.synthesize(tmp_path / "none", *render)
 
 
 def test_groups_are_names_without_their_number_or_surreals_sequences():
