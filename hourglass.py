@@ -4,10 +4,12 @@ Newell, Yang & Deng, arXiv 1603.06937 ("the source"). "The paper" is the one reb
 Carazo, 2018), which trains it at full resolution (Section 4.1). A *module* is an hourglass with a
 prediction of its own; `stacks` of them in a row are the network, each correcting the one before:
 
-    images -> stem -> x ─┬─────────────────────────────────────────> + -> x of the next module
-    (B, 3, H, W)         │                            ┌─> 1x1 ───────┤
-                         └> hourglass, residual, 1x1 ─┴─> 1x1 ─┬─> 1x1   (both re-injected)
-                                                               └─> logits (B, K, H, W)
+    images -> stem -> x ─┬─────────────────────────────────────────────────>+ -> the next module's x
+    (B, 3, H, W)         │            ┌─> reinject_features ────────────────┤
+                         └> features ─┴─> predict ─┬─> reinject_prediction ─┘
+                                                   └─> logits (B, K, H, W)
+
+    features: hourglass, residual, 1x1. The other three are a 1x1 convolution each.
 
 Why it goes down: which part a pixel belongs to is told by its surroundings. At 1/16 a 3x3
 convolution reaches over 48 pixels of the image, at a 256th of the cost. Why up again: the labels
@@ -27,7 +29,8 @@ biases, since every other one would be subtracted again by the batch normalisati
 Differs from the code of the paper's authors: their stem convolution is 1x1, their joint branch
 leaves the third of four modules (here the second), and they use dropout of 0.2 after each
 hourglass, which the paper does not mention. Here no layer draws at random: train.py resumes a run
-exactly because nothing but (seed, step) decides what a step does, and a dropout would break that.
+exactly because nothing but (seed, step) decides what a step does. A layer that draws from the
+global generator, as dropout does, would break that.
 """
 from functools import partial
 
@@ -74,8 +77,9 @@ class Residual(nn.Module):
             bn_relu_conv(c_mid, c_mid, 3),
             bn_relu_conv(c_mid, c_out, 1)
         )
-        # The last convolution starts small: if BN is frozen (--bn-after), 43 branches in a row
-        # would else make x a million times larger.
+        # The last convolution starts small, because a frozen BN (--bn-after) does not rescale: 43
+        # branches in a row, each of the variance of x, would multiply it by 2^43. A quarter of the
+        # weights is a 16th of the variance, and (1 + 1/16)^43 = 14.
         self.branch[-1][-1].weight.data *= 0.25
         self.skip = nn.Identity() if c_in == c_out else convolution(c_in, c_out)
 
@@ -107,7 +111,8 @@ class Hourglass(nn.Module):
 class HourglassModule(nn.Module):
     """x (B, C, H, W) -> prediction (B, c_out, H, W) and the next module's x, which is
     x + 1x1(features) + 1x1(prediction). The last module has no next: it returns its features.
-    level: None, or what level_table returns, if a coarser label set is learned."""
+    level: which of the module's classes each of SURREAL's ids belongs to, (25,) int64 of
+    level_table; None where the module learns the labels as they are."""
 
     def __init__(self, channels, c_out, last):
         super().__init__()
@@ -120,15 +125,17 @@ class HourglassModule(nn.Module):
         )
         self.predict = nn.Conv2d(channels, c_out, 1)
         nn.init.normal_(self.predict.weight, std=0.001)
-        # log(0.0025), as 0.0025 = 2 pi SPREAD^2 is a heat map's mean. Softmax ignores it, and
-        # train.py sets the biases of class heads.
+        # log(0.0025), because 0.0025 = 2 pi SPREAD^2 is the mean of a square heat map. Softmax
+        # ignores it, and train.py sets the biases of class heads.
         nn.init.constant_(self.predict.bias, -6)
         self.register_buffer("level", None, persistent=False)
         self.last = last
         if not last:
             self.reinject_prediction = convolution(c_out, channels)
             self.reinject_features = convolution(channels, channels)
-            self.reinject_features.weight.data *= 0.2       # as small as a residual's branch
+            # Small, because a frozen BN does not rescale: x doubles from module to module, and
+            # without the factor it would grow ninefold (first weights, random images).
+            self.reinject_features.weight.data *= 0.2
 
     def forward(self, x):
         features = self.features(x)                         # (B, C, H, W)
@@ -159,7 +166,8 @@ class StackedHourglass(nn.Module):
         320x320 then costs 349 or 23 billion multiply-adds.
     coarse_to_fine: each module learns the label set of its level, for SURREAL's 25 classes.
     joints: "none"; "surreal": the num_joints joints of the data; "centroids": centres of the parts.
-    joints_from, joints_modules: which module (1 is the first) feeds the branch; its own modules.
+    joints_from, joints_modules: which module (1 is the first) hands its x to the branch, or, if it
+        is the last and has no next x, its features; how many modules the branch has.
     joint_weight: factor on the branch's loss; 1 is the authors'.
     """
     recipe = dict(
@@ -195,8 +203,8 @@ class StackedHourglass(nn.Module):
         )
         counts = [num_classes] * stacks
         if coarse_to_fine:
-            # Evenly from the coarsest to the finest: of 2 modules body and parts, of 3 body, limbs
-            # and parts; a single module learns parts.
+            # About evenly from the coarsest to the finest (round takes 0.5 to the even neighbour):
+            # of 2 modules body and parts, of 3 body, limbs and parts; a single module learns parts.
             levels = list(LEVELS)
             names = [levels[round(s * 3 / (stacks - 1))] for s in range(stacks - 1)] + ["parts"]
             counts = [1 + len(LEVELS[name]) for name in names]
@@ -224,18 +232,20 @@ class StackedHourglass(nn.Module):
                 for joint_module in self.joint_stack:
                     heat, y = joint_module(y)               # (B, J, H/stride, W/stride)
                     maps.append(heat)
-        if self.training:
+        if self.training:       # H and W are multiples of 32: nothing has to be cropped
             return [self.enlarge(logits.float()) for logits in outputs], maps
         return self.enlarge(logits.float())[..., :H, :W]    # (B, K, H, W)
 
     @property
     def heads(self):
-        """[(classification layer, its level_table or None)]: train.py sets their biases."""
+        """[(classification layer, its level_table or None)]: train.py sets their biases to the
+        classes' prior, the log of each class's share of the pixels."""
         return [(module.predict, module.level) for module in self.stack]
 
     def loss(self, outputs, batch, criterion):
         """outputs: what forward returned in training. Returns (total, main): the sum over all
-        modules, as in the source, and the loss of the last module of the stack."""
+        modules, as in the source, and the loss of the last module of the stack. The criterion
+        (train.py) brings the labels to the size of the logits and to each module's level."""
         outputs, maps = outputs
         labels = batch["labels"]
         losses = [criterion(logits, labels, levels=module.level)
@@ -335,8 +345,9 @@ def heat_map_loss(logits, joints, stride):
     """Sigmoid cross-entropy, as in the paper (Section 4.1.3); Newell et al. take squared errors.
 
     logits: (B, J, H, W) of any float dtype; joints: (B, J, 2), x then y in pixels of the image,
-    which is `stride` times as large. Returns the mean over pixels, then over the valid joints of
-    all images, of all processes; 0 without any.
+    which is `stride` times as large. Returns the mean over pixels and over the valid joints of all
+    images, 0 without any. With several processes it is this process's share of that mean over all
+    of them, scaled so that the average that DistributedDataParallel takes is the mean.
     """
     H, W = logits.shape[-2:]
     # Whole numbers are centres of pixels: at stride 4, the first pixel of a map covers the image's
@@ -348,7 +359,7 @@ def heat_map_loss(logits, joints, stride):
         logits.float(), target, valid[..., None, None], reduction="sum")
     count = valid.sum()
     if dist.is_initialized():
-        # DistributedDataParallel averages gradients over processes, which makes this the mean.
+        # Divided by the joints of all processes; times their number, which averaging divides by.
         dist.all_reduce(count)
         total = total * dist.get_world_size()
     return total / (count.clamp(1) * H * W)
@@ -356,7 +367,7 @@ def heat_map_loss(logits, joints, stride):
 
 def print_stages(model, size):
     """Prints each stage as one image passes it: the output's shape (C, H, W) and the weights.
-    Innermost in each hourglass is its bottleneck, the smallest map."""
+    Innermost in each hourglass is its smallest map."""
     def show(name, stage, inputs, output):
         weights = sum(p.numel() for p in stage.parameters())
         print(f"{name or 'in all':48}{tuple(output.shape[1:])!s:>16}{weights:>12,} weights")

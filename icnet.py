@@ -10,9 +10,11 @@ hellochick/ICNet-tensorflow, which "the paper" trained (Borrego Carazo, 2018, Se
     logits (B, K, ...)      in training:                     1/16            1/8            1/4
                             at evaluation: 1/4 alone, then x4
 
+    The number in a map's name is its divisor: fused16 has 1/16 of the image's height and width.
+
 Why three resolutions: which part a pixel belongs to is told by its surroundings (context), and
 where the part ends by the pixels themselves. Halving lets every later layer see twice as far (the
-receptive field) at a quarter of the cost, so the 13 deep bottlenecks work at 1/16 and 1/32, while
+receptive field) at a quarter of the cost, so the 13 deep blocks work at 1/16 and 1/32, while
 three convolutions are enough to find borders at full resolution. Cascade feature fusion (CFF)
 then adds the finer map to the deeper one, step by step on the way back to the image's size.
 
@@ -37,10 +39,10 @@ def resize(x, factor):
     return F.interpolate(x.float(), scale_factor=factor, mode="bilinear")
 
 
-def conv_bn(c_in, c_out, kernel, stride=1, dilation=1):
+def conv_bn(c_in, c_out, kernel=3, stride=1, dilation=1):
     """convolution => BN. H and W are divided by the stride. A dilation of 2 leaves one pixel out
     between those that a 3x3 kernel reads: it then reaches over 5x5 pixels at the same cost."""
-    padding = dilation * (kernel // 2)
+    padding = kernel // 2 * dilation
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, bias=False)
     nn.init.kaiming_normal_(conv.weight)    # He et al., arXiv 1502.01852
     return nn.Sequential(conv, nn.BatchNorm2d(c_out, momentum=0.05))
@@ -58,32 +60,33 @@ class Bottleneck(nn.Module):
     earlier layers through the sum unchanged (He et al., arXiv 1512.03385).
     """
 
-    def __init__(self, c_in, c_mid, c_out, stride=1, dilation=1):
+    def __init__(self, c_in, c_mid, c_out, dilation=1, stride=1):
         super().__init__()
         self.branch = nn.Sequential(
             conv_bn_relu(c_in, c_mid, 1, stride),
-            conv_bn_relu(c_mid, c_mid, 3, dilation=dilation),
+            conv_bn_relu(c_mid, c_mid, dilation=dilation),
             conv_bn(c_mid, c_out, 1)
         )
-        # The last BN's scale: 16 branches of variance 1/16 add up to variance 1. At scale 1
-        # features grow 25-fold while batch normalisation is frozen (--bn-after).
+        # The last BN's scale: 16 branches of deviation 1/4, variance 1/16, add up to variance 1.
+        # Where batch normalisation is frozen (--bn-after), nothing rescales the sums: with a scale
+        # of 1 the features grow 80-fold from conv1 to conv5 (first weights, random images).
         last_bn = self.branch[-1][-1]
-        nn.init.constant_(last_bn.weight, 16 ** -0.5)
+        nn.init.constant_(last_bn.weight, 0.25)
         if c_in == c_out and stride == 1:
             self.project = nn.Identity()
         else:
             self.project = conv_bn(c_in, c_out, 1, stride)
 
     def forward(self, x):
-        y = self.branch(x).add_(self.project(x))    # add_ and relu_ work in place: faster
-        return F.relu_(y)
+        # add_ and relu_ work in place: faster.
+        return self.branch(x).add_(self.project(x)).relu_()
 
 
 def bottlenecks(count, c_in, c_mid, c_out, dilation=1):
     """`count` bottlenecks, the first of which changes the number of channels."""
     blocks = []
     for _ in range(count):
-        blocks.append(Bottleneck(c_in, c_mid, c_out, dilation=dilation))
+        blocks.append(Bottleneck(c_in, c_mid, c_out, dilation))
         c_in = c_out
     return nn.Sequential(*blocks)
 
@@ -92,15 +95,17 @@ def averaging(side, cells, device):
     """A matrix (cells, side) that averages `side` pixels over each of `cells` cells. A pixel counts
     for every cell that it overlaps: with 5 pixels and 2 cells, the middle one counts for both. The
     product is adaptive_avg_pool2d along one side, which torch.onnx ties to the example's size."""
+    # In steps of 1 / (side * cells), pixels are `cells` long, cells `side`, and all are integers.
     cell = torch.arange(cells, device=device)[:, None]
     pixel = torch.arange(side, device=device)
-    overlap = (pixel * cells < (cell + 1) * side) & (cell * side < (pixel + 1) * cells)
+    offset = pixel * cells - cell * side        # of a pixel's start from a cell's
+    overlap = (offset > -cells) & (offset < side)
     return overlap / overlap.sum(1, keepdim=True)
 
 
 def pyramid_pooling(x):
     """x plus its cell means on each grid of PYRAMID, enlarged again, all (B, C, H, W). So a pixel
-    also knows what is in its half, its third and its sixth of the image, and in all of it."""
+    also knows what is in its quarter, its ninth and its thirty-sixth of the image, and in all."""
     H, W = x.shape[-2:]
     total = x = x.float()       # see resize
     with torch.autocast(x.device.type, enabled=False):
@@ -123,17 +128,16 @@ class CascadeFeatureFusion(nn.Module):
 
     def __init__(self, c_coarse, c_fine, c_out):
         super().__init__()
-        self.coarse = conv_bn(c_coarse, c_out, 3, dilation=2)
+        self.coarse = conv_bn(c_coarse, c_out, dilation=2)
         self.fine = conv_bn(c_fine, c_out, 1)
 
     def forward(self, coarse, fine):
-        y = self.coarse(coarse).add_(self.fine(fine))
-        return F.relu_(y)
+        return self.coarse(coarse).add_(self.fine(fine)).relu_()
 
 
 def classifier(c_in, num_classes):
     """1x1 convolution to logits. Its weights are small, so that the logits start near its biases,
-    which train.py sets to the classes' prior."""
+    which train.py sets to the classes' prior: the log of a class's share of the pixels."""
     head = nn.Conv2d(c_in, num_classes, 1)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -145,8 +149,7 @@ class ICNet(nn.Module):
     Training: -> float32 logits at 1/16, 1/8 and 1/4, each with a share of the loss, `head_weights`.
     width: factor on every channel count but the image's and the classes'; 2 doubles the filters.
 
-    A map's number is its size: fused16 has 1/16 of the image's height and width. A head bears the
-    name of the map that it reads; its logits are enlarged by 2 afterwards.
+    A head bears the name of the map that it reads; its logits are enlarged by 2 afterwards.
     An image of 320x320 costs 1.4 billion multiply-adds; doubled 5.6.
     """
     # The paper's Section 3.2.3.
@@ -167,9 +170,9 @@ class ICNet(nn.Module):
         widths = [max(1, round(c * width)) for c in (32, 64, 128, 256, 512, 1024)]
         c32, c64, c128, c256, c512, c1024 = widths
         self.conv1 = nn.Sequential(
-            conv_bn_relu(3, c32, 3, stride=2),
-            conv_bn_relu(c32, c32, 3),
-            conv_bn_relu(c32, c64, 3),
+            conv_bn_relu(3, c32, stride=2),
+            conv_bn_relu(c32, c32),
+            conv_bn_relu(c32, c64),
             nn.MaxPool2d(3, 2, padding=1)
         )
         self.conv2 = bottlenecks(3, c64, c32, c128)
@@ -181,9 +184,9 @@ class ICNet(nn.Module):
         self.conv5 = bottlenecks(3, c512, c256, c1024, dilation=4)
         self.reduce = conv_bn_relu(c1024, c256, 1)
         self.detail = nn.Sequential(
-            conv_bn_relu(3, c32, 3, stride=2),
-            conv_bn_relu(c32, c32, 3, stride=2),
-            conv_bn_relu(c32, c64, 3, stride=2)
+            conv_bn_relu(3, c32, stride=2),
+            conv_bn_relu(c32, c32, stride=2),
+            conv_bn_relu(c32, c64, stride=2)
         )
         self.fuse16 = CascadeFeatureFusion(c256, c256, c128)
         self.fuse8 = CascadeFeatureFusion(c128, c64, c128)
@@ -200,11 +203,11 @@ class ICNet(nn.Module):
     def forward(self, images):
         H, W = images.shape[-2:]
         # Zeros at the right and below make H and W multiples of 32, so that every halving is even:
-        # for W = 100, -100 % 32 = 28 more columns make 128.
+        # for W = 100, -100 % 32 = 28 more columns make 128. In training they are multiples already.
         x = F.pad(images, (0, -W % 32, 0, -H % 32))
-        middle8 = self.conv2(self.conv1(resize(x, 1 / 2)))      # (B, 128, H/8, W/8)
+        middle8 = self.conv2(self.conv1(resize(x, 0.5)))      # (B, 128, H/8, W/8)
         middle16 = self.conv3_1(middle8)                        # (B, 256, H/16, W/16)
-        deep32 = self.conv3_2(resize(middle16, 1 / 2))          # (B, 256, H/32, W/32)
+        deep32 = self.conv3_2(resize(middle16, 0.5))          # (B, 256, H/32, W/32)
         deep32 = self.conv5(self.conv4(deep32))                 # (B, 1024, H/32, W/32)
         deep32 = self.reduce(pyramid_pooling(deep32))           # (B, 256, H/32, W/32)
         detail8 = self.detail(x)                                # (B, 64, H/8, W/8)
@@ -220,7 +223,8 @@ class ICNet(nn.Module):
         return logits16, logits8, logits4
 
     def loss(self, outputs, batch, criterion):
-        """outputs: of forward, in training. Returns (total, main), the latter at 1/4 alone.
+        """outputs: of forward, in training. Returns (total, main), the latter at 1/4 alone. The
+        criterion (train.py) brings the labels to the size of the logits.
 
         Why a loss at each resolution: its gradient reaches the deep branch directly, instead of
         only through both fusions, where the finer maps may drown it.
@@ -233,7 +237,7 @@ class ICNet(nn.Module):
 
 def print_stages(model, size):
     """Prints each stage as one image passes it: the output's shape (C, H, W) and the weights.
-    The bottleneck, the smallest map, is at 1/32 of the image's size (conv3_2 to reduce)."""
+    The smallest map is at 1/32 of the image's size (conv3_2 to reduce)."""
 
     def show(name, stage, inputs, output):
         weights = sum(p.numel() for p in stage.parameters())

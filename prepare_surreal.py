@@ -684,6 +684,8 @@ def convert(out, size, margin, split, picture, frame, mask):
 # with the joint's capsules (hit_capsule). The nearest capsule wins the pixel (z_buffer). Its
 # joint's number + 1 is the label (label_image), the place that was hit in the T-pose gives the
 # colour (texture), and the direction of the surface gives the light (shade).
+#
+# SPLITS, HEAD, HEIGHT, WIDTH, FOCAL, NAMES and MIRROR stand at the top of this file.
 
 # 1. Body model. SURREAL: SMPL, a mesh of 6,890 vertices learned from scans of people. Here: SMPL's
 # 24 joints, and flesh of capsules. Millimetres from the pelvis; x to the body's left, y up, z
@@ -701,36 +703,40 @@ def convert(out, size, margin, split, picture, frame, mask):
 #                      8     7                7 8 ankles
 #                     11     10               10 11 toes
 #
+# A joint's part is named after the flesh beyond it, which it moves: the pelvis (joint 0) moves
+# "hips", the left hip (1) "leftUpLeg", the left collar bone (13) "leftShoulder" and the left
+# shoulder (16) "leftArm". The tables name parts as NAMES does; the drawing and the lists from HIPS
+# to HANDS name joints.
 JOINTS = np.loadtxt("""
-# parent    x    y    z    which number of the body's shape stretches the flesh along x, y, z
-     0      0    0    0    1 3 2        # 0: pelvis
-     0     80  -85    0    5 4 5        # 1: left hip
-     0    -80  -85    0    5 4 5        # 2: right hip; below, too, the left one comes first
-     0      0  105  -15    1 3 2        # 3: spine
-     1    100 -475    0    5 4 5        # 4: knees
-     2   -100 -475    0    5 4 5
-     3      0  235  -20    1 3 2        # 6: spine1
-     4     95 -885  -30    9 9 9        # 7: ankles
-     5    -95 -885  -30    9 9 9
-     6      0  300  -10    1 3 2        # 9: spine2
-     7    115 -945   85    9 9 9        # 10: toes
-     8   -115 -945   85    9 9 9
-     9      0  500  -35    8 8 8        # 12: neck
-     9     75  410  -25    1 3 2        # 13: collar bones
-     9    -75  410  -25    1 3 2
-    12      0  585    0    8 8 8        # 15: head
-    13    180  435  -30    6 7 7        # 16: shoulders
-    14   -180  435  -30    6 7 7
-    16    435  430  -40    6 7 7        # 18: elbows
-    17   -435  430  -40    6 7 7
-    18    685  435  -35    9 9 9        # 20: wrists
-    19   -685  435  -35    9 9 9
-    20    765  430  -30    9 9 9        # 22: fingers
-    21   -765  430  -30    9 9 9
+# parent    x    y    z    which coefficient of the shape stretches its flesh along x, y, z
+     0      0    0    0    1 3 2        # 0 hips
+     0     80  -85    0    5 4 5        # 1 leftUpLeg
+     0    -80  -85    0    5 4 5        # 2 rightUpLeg
+     0      0  105  -15    1 3 2        # 3 spine
+     1    100 -475    0    5 4 5        # 4 leftLeg
+     2   -100 -475    0    5 4 5        # 5 rightLeg
+     3      0  235  -20    1 3 2        # 6 spine1
+     4     95 -885  -30    9 9 9        # 7 leftFoot
+     5    -95 -885  -30    9 9 9        # 8 rightFoot
+     6      0  300  -10    1 3 2        # 9 spine2
+     7    115 -945   85    9 9 9        # 10 leftToeBase
+     8   -115 -945   85    9 9 9        # 11 rightToeBase
+     9      0  500  -35    8 8 8        # 12 neck
+     9     75  410  -25    1 3 2        # 13 leftShoulder
+     9    -75  410  -25    1 3 2        # 14 rightShoulder
+    12      0  585    0    8 8 8        # 15 head
+    13    180  435  -30    6 7 7        # 16 leftArm
+    14   -180  435  -30    6 7 7        # 17 rightArm
+    16    435  430  -40    6 7 7        # 18 leftForeArm
+    17   -435  430  -40    6 7 7        # 19 rightForeArm
+    18    685  435  -35    9 9 9        # 20 leftHand
+    19   -685  435  -35    9 9 9        # 21 rightHand
+    20    765  430  -30    9 9 9        # 22 leftHandIndex1
+    21   -765  430  -30    9 9 9        # 23 rightHandIndex1
     """.splitlines())
 PARENT = JOINTS[:, 0].astype(int)
 T_POSE = JOINTS[:, 1:4] / 1000
-STRETCH = JOINTS[:, 4:].astype(int)     # 0 is the person's size
+STRETCH = JOINTS[:, 4:].astype(int)     # 1 to 9; shape[0] is the person's size
 TWIN = np.array(MIRROR[1:]) - 1         # the joint on the other side; a middle joint's is itself
 RIGHT = np.arange(24) > TWIN
 HIPS = [1, 2]
@@ -758,7 +764,7 @@ FLESH = np.loadtxt("""
     2     3     0  116   -8      0  213   -8    96   95
     2     6    56  233  -10     64  301  -10    99  103     # spine1
     2     6     0  233   -8      0  301   -8    94   97
-    2     9    51  328  -12     60  398  -20    84  102     # spine2: chest
+    2     9    51  328  -12     60  398  -20    84  102     # spine2
     2     9     0  316  -10      0  465  -28   103   81
     0     9    72  340   52     78  332   62    56   50
     1     9    75  370   30     90  375   22    66   60
@@ -768,29 +774,29 @@ FLESH = np.loadtxt("""
     2    15     0  664   22      0  590   67    73   47
     2    15     0  684   93      0  657  110     8   14
     2    15    76  655   -8     80  688  -14    12   17
-    2    13    89  425  -22    175  437  -30    81   48     # shoulder
+    2    13    89  425  -22    175  437  -30    81   48     # leftShoulder
     2    13    60  490  -42    155  452  -35    34   30
-    2    16   235  432  -30    240  430  -30    36   35     # upper arm
+    2    16   235  432  -30    240  430  -30    36   35     # leftArm
     2    16   240  431  -30    432  430  -40    45   38
-    2    18   440  430  -40    520  431  -38    41   41     # forearm
+    2    18   440  430  -40    520  431  -38    41   41     # leftForeArm
     2    18   520  431  -38    652  435  -35    41   27
-    2    20   690  435  -46    755  430  -58    23   18     # hand: palm, thumb
+    2    20   690  435  -46    755  430  -58    23   18     # leftHand: palm, thumb
     2    20   690  434  -26    757  430  -14    23   18
     2    20   705  425  -10    745  415   25    19   16
     2    20   745  415   25    785  412   42    15   12
-    2    22   768  430  -66    818  424  -78    12    9     # fingers
+    2    22   768  430  -66    818  424  -78    12    9     # leftHandIndex1: fingers
     2    22   772  431  -44    840  425  -50    13   10
     2    22   772  431  -22    846  425  -21    13   10
     2    22   768  430   -1    832  424   10    13   10
-    2     1    85  -87    0     98 -300    6   106   93     # upper leg
+    2     1    85  -87    0     98 -300    6   106   93     # leftUpLeg
     2     1    98 -300    6    100 -445    0    93   62
-    2     4   100 -490    0     98 -600  -16    51   50     # lower leg
+    2     4   100 -490    0     98 -600  -16    51   50     # leftLeg
     2     4    98 -600  -16     95 -885  -30    50   35
-    2     7    95 -918  -35     95 -928  -58    28   26     # foot
+    2     7    95 -918  -35     95 -928  -58    28   26     # leftFoot
     2     7    97 -923  -20    106 -938   75    27   24
     2     7   108 -956  -30    124 -944   83    18   19
     2     7    92 -956    0     92 -944  100    17   19
-    2    10    91 -951  105     93 -955  145    20   15     # toes
+    2    10    91 -951  105     93 -955  145    20   15     # leftToeBase
     2    10   108 -952  105    111 -957  142    15   12
     2    10   123 -953   98    127 -958  130    14   11
     2    10   137 -954   88    141 -959  112    13   10
@@ -886,6 +892,7 @@ def key_pose(rng, row):
     angles = rng.normal([*others, *arms.ravel()], spread)
     pose = np.zeros((24, 3))
     pose[joint.astype(int), axis.astype(int)] = np.clip(angles, lowest, highest)
+    # In this order: feet follow hips and knees, and right limbs are mirrored when all are done.
     pose[SPINE] = pose[3] / 3                           # the joints of the spine share its bend
     pose[NECK] = pose[12] / 2
     pose[HIPS, Y] = .6 * pose[HIPS, Z]                  # legs that spread turn outwards
@@ -897,7 +904,9 @@ def key_pose(rng, row):
 
 
 def movement(rng, frames):
-    """Poses (T, 24, 3) in degrees: part of the way from a key pose to one of the row before it."""
+    """Poses (T, 24, 3) in degrees: part of the way from a key pose to one of the row before it in
+    POSES, where neighbours mostly are alike; the first row has none before it and keeps to itself.
+    To these a habit is added, in which this person differs from the key poses in every frame."""
     row = rng.choice(len(POSES), p=POSES[:, 0] / 100)
     first = key_pose(rng, row)
     last = key_pose(rng, max(row - 1, 0))
@@ -908,7 +917,7 @@ def movement(rng, frames):
     if rng.random() < .5:                               # the other leg first
         poses = poses[:, TWIN] * (1, -1, -1)
     habit = rng.normal(0, (1.2, 8, 4), (24, 3))
-    habit[KNEES + ELBOWS] = 0                           # hinges
+    habit[KNEES + ELBOWS] = 0                           # a habit might bend them backwards
     return poses + habit
 
 
@@ -922,10 +931,11 @@ def rotations(degrees, order):
 
 def forward_kinematics(poses, scale):
     """Carries the joints of the T-pose, with bones stretched by scale (24, 3), along with poses (T,
-    24, 3) in degrees. Returns the rotations of each joint against its parent and in the room, (T,
-    24, 3, 3) each, and the joints' places (T, 24, 3) in metres from the pelvis."""
+    24, 3) in degrees. Returns the rotations of each joint against its parent and against the
+    T-pose, (T, 24, 3, 3) each, and the joints' places (T, 24, 3) in metres from the pelvis."""
     # The twist about a bone has to act first: after a bend it would swing the bone around. In the
-    # T-pose upper arms lie along x, and the other bones about along y.
+    # T-pose upper arms lie along x; torso, neck and legs about along y. Collar bones, forearms and
+    # hands lie along x as well, but they turn about one axis alone, apart from the habit.
     local = rotations(poses, "XZY")
     local[:, SHOULDERS] = rotations(poses[:, SHOULDERS], "YZX")
     turn = local.copy()
@@ -981,7 +991,7 @@ def noise(x, y):
 
 def any_colour(rng, samples):
     """A colour (3,), mostly muted. A fifth are of `samples` (M, 3): skin for things, and the
-    background for clothes, so that colour alone does not tell people from rooms."""
+    background for clothes, so that colour alone does not tell people from what is behind them."""
     if rng.random() < .2:
         return rng.choice(samples)
     tint = rng.normal(1, rng.uniform(0, .3), 3)
@@ -1065,8 +1075,9 @@ def texture(look, rest):
     return colour
 
 
-# 4. Camera. As in SURREAL, it looks at the pelvis from a random distance and side, and its matrix
-# has determinant -1, so pictures are mirrored. y points down; the camera, at +x, looks along -x.
+# 4. Camera. As in SURREAL, it looks about at the pelvis, from a random distance and side, and its
+# matrix has determinant -1, so pictures are mirrored. In the camera's world y points down; the
+# camera, at +x, looks along -x.
 def project(points, camera):
     """World points (..., 3) to x and y in pixels and depth in metres (..., 3)."""
     x, y, z = (points - camera).T
@@ -1089,7 +1100,9 @@ def lines_of_sight():
 
 # 5. Ground truth. SURREAL: further passes of Blender. Here: a z-buffer.
 def first_root(k2, k1, k0):
-    """The smaller root of k2 t^2 + 2 k1 t + k0 = 0 for k2 > 0, where a line enters; or else nan."""
+    """The root of k2 t^2 + 2 k1 t + k0 = 0 where a line enters: the smaller one for k2 > 0; for
+    k2 < 0, a line that runs more along a cone's axis than its side does, the larger. nan without a
+    root: nan means no hit, and nan < depth is False, so it never wins."""
     return (-k1 - np.sqrt(k1 * k1 - k2 * k0)) / k2
 
 
@@ -1104,7 +1117,8 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     A capsule is every ball at a + s (b - a) with radius ra - s (ra - rb). With q = point - a,
     axis = b - a, taper = ra - rb, the ball at s has its surface where
         |q - s axis|^2 = (ra - s taper)^2.
-    The cone is what these surfaces envelop, where the derivative with respect to s is 0 too:
+    The cone is the envelope of these surfaces. Neighbouring balls touch it at the same point, so
+    there the equation still holds when s changes a little: its derivative by s is 0 as well, and
         s = (q . axis - ra taper) / flank    with    flank = |axis|^2 - taper^2.
     Put into the first equation this leaves flank (q . q - ra^2) = (q . axis - ra taper)^2. Along a
     line q = q0 + t direction, which gives k2 t^2 + 2 k1 t + k0 = 0 with
@@ -1112,6 +1126,8 @@ def hit_capsule(origin, direction, a, b, ra, rb):
         k1 = flank (direction . q0) - rise start        start = q0 . axis - ra taper
         k0 = flank (q0 . q0 - ra^2) - start^2
     A ball is the same without an axis: k2 = |direction|^2, k1 = direction . q0, k0 = q0 . q0 - r^2.
+    For example, a line of direction length 1 from the distance d through the centre of a ball of
+    radius 1 has k2 = 1, k1 = -d and k0 = d^2 - 1, so t = d - sqrt(d^2 - (d^2 - 1)) = d - 1.
     """
     axis = b - a
     taper = ra - rb
@@ -1130,9 +1146,8 @@ def hit_capsule(origin, direction, a, b, ra, rb):
     k0 = flank * outside_a - start ** 2
     cone = first_root(k2, k1, k0)
     along = (start + cone * rise) / flank
-    # Beside the balls' centres the cone ends, and the balls close it. A line within the opening of
-    # the cone, k2 < 0, meets a ball as well, which is near enough.
-    cone[(k2 <= 0) | (along < 0) | (along > 1)] = np.nan
+    # The cone exists only for balls with s in 0..1; beyond, the end balls close it.
+    cone[(along < 0) | (along > 1)] = np.nan
     ball_a = first_root(square, towards_a, outside_a)
     ball_b = first_root(square, direction @ from_b, outside_b)
     t = np.fmin(cone, np.fmin(ball_a, ball_b))          # fmin passes over nan
@@ -1142,7 +1157,7 @@ def hit_capsule(origin, direction, a, b, ra, rb):
 
 def capsule_box(ends, radius, camera):
     """Slices of rows and columns of sub-pixels that hold a capsule, whose ends (2, 3) and larger
-    radius are given in the world. Only there its lines are tried: 50 times fewer than in all."""
+    radius are given in the world. Only the lines through them are tried, since most miss it."""
     *centres, depth = project(ends, camera).T           # centres: x and y of both ends
     reach = 1.05 * FOCAL * radius / depth.min()         # a ball far from the middle looks larger
     low = 2 * (np.min(centres, axis=1) - reach)
@@ -1154,7 +1169,12 @@ def capsule_box(ends, radius, camera):
 def to_rest(body, turn, place, camera):
     """What leads from the world to the T-pose, where the flesh of each joint stands still: matrices
     (24, 3, 3) that undo the joint's turn and the person's proportions, and the place of the camera
-    there (24, 3)."""
+    there (24, 3), the eye.
+
+    The map is affine, so camera + t direction becomes eye + t (undo direction) with the same t. A
+    hit's t in the T-pose is therefore its depth in metres in the world, and hits of different
+    joints can be compared. So `direction` must never be normalised.
+    """
     undo = turn.swapaxes(1, 2) / body.scale[:, :, None]
     eye = T_POSE + (undo @ (camera - place)[..., None])[..., 0]
     return undo.astype(np.float32), eye.astype(np.float32)
@@ -1218,7 +1238,11 @@ def coverage(flesh):
 
 def label_image(flesh):
     """The labels (240, 320) uint8 of a drawn body: joint + 1 of the nearest of a pixel's four
-    sub-pixels, where two of them are flesh. As in SURREAL, spots of chest and pelvis say head."""
+    sub-pixels, where at least two of them are flesh.
+
+    SURREAL's own masks have this error: small blobs on chest (joint 9) and pelvis (0) labelled as
+    head. It is imitated, with a pattern of made-up frequencies.
+    """
     side, up, _ = flesh["rest"].T
     spots = np.sin(45 * side + 1) * np.sin(38 * up) > .95
     stray = np.isin(flesh["joint"], (0, 9)) & spots
@@ -1259,7 +1283,8 @@ def sum_pixels(flesh, values):
 
 def paint(still, look, light, flesh):
     """The image (240, 320, 3) of a drawn body in the clothes `look` before the picture `still`."""
-    # Without smooth normals, creases between the capsules would show where a part ends.
+    # Normals are smoothed, or else creases between the capsules would show where a part ends, and
+    # the network would learn the creases, which no photograph has.
     normals = sum_pixels(flesh, flesh["normal"])
     normals = ndimage.gaussian_filter(normals, (1.5, 1.5, 0), truncate=2)
     normals = normals.reshape(-1, 3)[flesh["pixel"]]
@@ -1272,10 +1297,12 @@ def paint(still, look, light, flesh):
 
 # 7. Background. SURREAL: photographs of rooms (LSUN). Here: a picture of a folder, or shapes one
 # over another, large ones first: "dead leaves", which have the statistics of photographs (Lee,
-# Mumford & Huang 2001). Places in the plane are complex numbers, x + i y: a product turns them.
+# Mumford & Huang 2001). Places in the plane are complex numbers, x + i y: multiplied by a number of
+# size 1 they are turned by its angle.
 def draw_shape(rng, canvas, number, length):
-    """Draws a rectangle or an ellipse, 2 `length` pixels long, on a canvas: `number` in each of its
-    pixels. Returns its centre, its direction (a number of size 1), and half its width."""
+    """Draws an ellipse of 16 corners, about 2 `length` pixels long, or a rectangle whose 4 corners
+    lie on such an ellipse, on a canvas: `number` in each of its pixels. Returns the ellipse's
+    centre, its direction (a number of size 1), and half its width."""
     centre = rng.uniform(0, WIDTH) + 1j * rng.uniform(0, HEIGHT)
     angle = rng.choice((0, np.pi / 2, rng.uniform(0, np.pi)))
     turn = np.exp(1j * angle)
@@ -1284,12 +1311,14 @@ def draw_shape(rng, canvas, number, length):
     outline = np.exp(2j * np.pi * (np.arange(count) + .5) / count)
     stretched = length * outline.real + 1j * half * outline.imag
     corners = centre + turn * stretched
-    canvas.polygon(corners.view(float).tolist(), fill=number)
+    numbers = corners.view(float)       # a complex number is stored as two: x, y, x, y, ...
+    canvas.polygon(numbers.tolist(), fill=number)
     return centre, turn, half
 
 
 def shape_colour(rng, place, half):
-    """Colours (N, 3) of a shape at places (N,) from its centre: along it, plus i times across.
+    """Colours (N, 3) of a shape at places (N,), complex, in pixels from its centre: the real part
+    along its direction, the imaginary part across. half: of its ellipse's width, in pixels.
     Shapes have the fabrics of clothes and some have dark sides like limbs, so that neither tells
     people from things."""
     metres = np.stack([place.real, place.imag, 0 * place.real], axis=1) / 100
@@ -1312,6 +1341,7 @@ def background(rng, path):
     picture = Image.new("I", (WIDTH, HEIGHT))
     canvas = ImageDraw.Draw(picture)
     shapes = [draw_shape(rng, canvas, *shape) for shape in enumerate(lengths)]
+    # A new picture is 0 everywhere, so what no shape covers belongs to shape 0.
     shown = np.ravel(picture)
     image = np.zeros((HEIGHT * WIDTH, 3), np.float32)
     for number, (centre, turn, half) in enumerate(shapes):
@@ -1328,8 +1358,8 @@ def background(rng, path):
 # 8. A clip.
 def scene(rng, frames):
     """A person who moves before a camera: a dict of shape (10,) and Body, local and turn (T, 24, 3,
-    3) and place (T, 24, 3) as of forward_kinematics, but in the world of the camera, and the
-    camera's place (3,), in metres from the pelvis."""
+    3) and place (T, 24, 3) as of forward_kinematics, but turn and place in the camera's world, and
+    the camera's place (3,) there, in metres from the pelvis."""
     sex = rng.integers(2)
     shape = rng.uniform(-2, 2, 10)
     body = body_model(sex, shape)
@@ -1353,7 +1383,7 @@ def render(rng, person, picture):
     still = background(rng, picture)
     look = dress(rng, still)
     light = rng.uniform(-.6, .6, 9)
-    light[:2] = rng.uniform((.5, -.7), (1.2, 0))        # never dark, more from above
+    light[:2] = rng.uniform((.5, -.7), (1.2, 0))        # seldom dark, more from above
     blur = rng.uniform(.3, .9)                          # pixels
     images, labels = [], []
     for turn, place in zip(person["turn"], person["place"]):
@@ -1370,12 +1400,14 @@ def encode_video(images, quality):
     import av                                   # here, since those without videos do not need it
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # One thread and no B-frames, or else the file differs from run to run.
-        options = dict(
-            crf=str(quality),
-            preset="veryfast",
-            bf="0",
-            threads="1")
+        # One thread, because the bytes depend on the number of threads, and so on the machine.
+        # Without the macroblock tree, which reads memory that x264 has not written, so that the
+        # same frames give another file now and then (findings/x264-stale-memory.sh).
+        options = {
+            "crf": str(quality),
+            "preset": "veryfast",
+            "threads": "1",
+            "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=30, options=options)
         stream.width = WIDTH
         stream.height = HEIGHT
@@ -1395,13 +1427,26 @@ def encode_mat(fields):
     return header + file.getvalue()[len(header):]
 
 
-def make_clip(raw, split, i, seed, frames, picture):
-    """Renders clip i of a split: its mp4, _segm.mat and, as the mark that it is done, _info.mat.
-    A person, who has ten sequences of four clips each, is in one split alone."""
-    first_person = dict(train=200, val=800, test=900)
-    number = first_person[split] + i // 40
+def clip_name(split, i):
+    """Names of the sequence and of clip i of a split: ("203_03", "203_03_c0002") for train, 129.
+    Ten sequences of four clips have the same number in front, as a subject's have in SURREAL, but
+    each clip draws a person of its own. A number is in one split alone: those of a split's range
+    and, after them, the same ones 1000 higher, 2000 higher and so on."""
+    ranges = dict(
+        train=range(200, 800),
+        val=range(800, 900),
+        test=range(900, 1000))
+    numbers = ranges[split]
+    thousands, place = divmod(i // 40, len(numbers))
+    number = 1000 * thousands + numbers[place]
     sequence = f"{number:03d}_{i % 40 // 4 + 1:02d}"
-    clip = raw / split / "run0" / sequence / f"{sequence}_c{i % 4 + 1:04d}"
+    return sequence, f"{sequence}_c{i % 4 + 1:04d}"
+
+
+def make_clip(raw, split, i, seed, frames, picture):
+    """Renders clip i of a split: its mp4, _segm.mat and, as the mark that it is done, _info.mat."""
+    sequence, name = clip_name(split, i)
+    clip = raw / split / "run0" / sequence / name
     if Path(f"{clip}_info.mat").exists():
         return
     rng = np.random.default_rng((seed * 1_000_003 + i, SPLITS.index(split)))
@@ -1409,6 +1454,8 @@ def make_clip(raw, split, i, seed, frames, picture):
     images, labels = render(rng, person, picture)
     video = encode_video(images, quality=rng.integers(18, 27))
     masks = {f"segm_{t}": mask for t, mask in enumerate(labels, 1)}
+    # As in SURREAL, the projection is rounded to whole numbers, and the principal point (160, 120)
+    # is a corner between pixels: the centre of the pixel in column 7 is at x = 7.5.
     joints = project(person["place"], person["camera"])[..., :2].round()
     pose = Rotation.from_matrix(person["local"].reshape(-1, 3, 3)).as_rotvec()
     info = dict(                                        # SURREAL squeezes the joints if T = 1

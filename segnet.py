@@ -6,17 +6,21 @@ here (Borrego Carazo, 2018), which trains SegNet-Basic (Section 3.3).
     images -> [conv BN ReLU, pool] x 4 -> [unpool, conv BN] x 4 -> 1x1 conv -> logits
     (B, 3, H, W)               └──────── indices ────────┘                  (B, K, H, W)
 
+This is variant "basic", SegNet-Basic: 7x7 convolutions of one width, four halvings, no ReLU in the
+decoder. Variant "vgg16" is the full SegNet: VGG-16's 13 convolutions and their mirror image, 3x3,
+five halvings, ReLU in both halves.
+
 Why it halves and enlarges again: what a pixel shows, an arm or a leg, is told by its surroundings.
-After four halvings one value of the smallest map sees 106 x 106 pixels of the image, where four
-7x7 convolutions alone see 25 x 25, and every convolution on the way costs a quarter of the one
-before it. The labels are as large as the image, so the decoder has to enlarge the map again.
+After four halvings one value of the smallest map sees 106 x 106 pixels of the image, where four 7x7
+convolutions alone see 25 x 25 (basic), and from the second convolution on each costs a quarter of
+the one before it. The labels are as large as the image, so the decoder has to enlarge the map
+again.
 
 Why it keeps pooling indices: each maximum's place within its 2x2 window is what halving loses.
 The decoder puts values back at exactly those pixels, so that borders between parts stay where they
-were, without any learned upsampling and at the cost of one index a value.
+were, at the cost of one index a value. The unpooling itself learns nothing; the convolution after
+it learns to fill the zeros in between.
 
-variant "basic" is SegNet-Basic, 7x7 convolutions of one width. variant "vgg16" is the full SegNet:
-VGG-16's 13 convolutions and their mirror image, 3x3, with ReLU in both halves.
 Differs from the source: images are normalised by mean and standard deviation, not by local response
 normalisation, and nothing is pretrained. The code of the paper's authors also differs: its decoder
 ignores the indices and learns its upsampling, a 2x2 transposed convolution.
@@ -51,7 +55,8 @@ def convolution(c_in, c_out, kernel, bias=True):
 
 def conv_bn(channels, kernel, linear=False):
     """(convolution => BN => ReLU) from each count in `channels` to the next.
-    linear: without the ReLU, and without biases, whose effect the BN would subtract anyway."""
+    linear: without the ReLU, and without biases, whose effect the BN would subtract anyway. The
+    other convolutions keep theirs because the source's do; the BN subtracts them as well."""
     layers = []
     for c_in, c_out in zip(channels, channels[1:]):
         layers.append(convolution(c_in, c_out, kernel, bias=not linear))
@@ -94,29 +99,31 @@ class SegNet(nn.Module):
         C = encoder[0][1]
         # The mirror image; its last stage leads to the classifier instead of to three colours.
         decoder = [stage[::-1] for stage in reversed(encoder[1:])] + [[C, C]]
-        # SegNet-Basic has no ReLU in the decoder (the source gives no reason). A stage is linear
-        # then: it fills the zeros between the unpooled values by an interpolation whose weights
-        # are learned, and a negative value, which speaks against a class, is passed on as well.
+        # Basic only: no ReLU in the decoder (the source gives no reason). A stage is linear then:
+        # it fills the zeros between the unpooled values by an interpolation whose weights are
+        # learned, and a negative value, which speaks against a class, is passed on as well.
         basic = variant == "basic"
         kernel = 7 if basic else 3
         self.encoder = nn.ModuleList(conv_bn(stage, kernel) for stage in encoder)
         self.decoder = nn.ModuleList(conv_bn(stage, kernel, linear=basic) for stage in decoder)
         self.classifier = convolution(C, num_classes, 1 if basic else 3)
         self.pool = nn.MaxPool2d(2, return_indices=True)
-        # Whose biases train.py sets to the classes' prior; None: it has no coarser classes.
+        # Whose biases train.py sets to the classes' prior, the log of each class's share of the
+        # pixels; None: it has no coarser classes.
         self.heads = [(self.classifier, None)]
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        # Zeros at the right and below make H and W multiples of 32, so that every halving is even:
-        # for W = 100, -100 % 32 = 28 more columns make 128.
+        # Zeros at the right and below make H and W multiples of 32, so that every halving is even;
+        # there are five in vgg16, and 2^5 = 32. For W = 100, -100 % 32 = 28 more columns make 128.
+        # In training H and W are multiples of 32 already, so that nothing is added and cropped.
         x = F.pad(images, (0, -W % 32, 0, -H % 32))
         all_indices = []
         for stage in self.encoder:
-            x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16)
+            x, indices = self.pool(stage(x))    # (B, C, H/2, W/2) ... (B, C, H/16, W/16) in basic
             all_indices.append(indices)
         for stage in self.decoder:
-            # The last pooling is undone first: (B, C, H/8, W/8) ... (B, C, H, W)
+            # The last pooling is undone first: (B, C, H/8, W/8) ... (B, C, H, W) in basic.
             x = stage(unpool(x, all_indices.pop()))
         logits = self.classifier(x)             # (B, K, H, W)
         return logits[..., :H, :W].float()

@@ -50,14 +50,17 @@ def finish(process):
 
 def call(function, argv):
     """(exit status, stderr) of a program within this process."""
-    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(
-            io.StringIO()):
+    errors, printed = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    status = None
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
         try:
             evaluate.run_command("program", lambda: function([str(word) for word in argv]))
         except SystemExit as stop:
-            return stop.code, errors.getvalue()
+            status = stop.code
         except Exception as error:      # a user would see a traceback
             return "traceback", repr(error)
+    errors.seek(0)
+    return status, errors.read()
 
 
 def one_sentence(status, errors, *words):
@@ -148,7 +151,7 @@ def options(place, data, rng):
     accepted, train.train = [], lambda *_: accepted.append(1)           # options alone are tried
     for module, fixed in ((train, ["--data", "x"]), (evaluate, ["--ckpt", "x"]),
                           (prepare_surreal, ["--raw", "x"])):
-        function = train.main if module == train else module.main
+        function = module.main
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             function(["--help"])
         known = {word.strip("[],") for word in text.getvalue().split() if word.startswith("[--")}
@@ -164,8 +167,32 @@ def options(place, data, rng):
                   accepted or status == 2, f"{argv}: {status} {errors}")
 
 
+NUMBERS = {
+    train: "size width stacks features iterations batch-size lr val-every val-images bn-after seed "
+           "workers",
+    evaluate: "batch-size workers",
+    prepare_surreal: "size workers train val test clusters margin seed"}
+NONSENSE = ["", "x", "nan", "inf", "-1", "-0.5", "1e400"]
+
+
+def nonsense(place, data, rng):
+    """Numbers that no option can mean: to accept one is a failure."""
+    accepted, train.train = [], lambda *_: accepted.append(1)
+    fixed = {train: ["--model", "hourglass", "--data", data], evaluate: ["--ckpt", place / "x"],
+             prepare_surreal: ["--raw", place / "x"]}
+    for module, names in NUMBERS.items():
+        for name in names.split():
+            for word in NONSENSE:
+                accepted.clear()
+                argv = [*fixed[module], "--out", place / "out", f"--{name}", word]
+                status, errors = call(module.main, argv)
+                refused = not accepted and status == 2 and f"--{name}" in errors
+                tally(f"nonsense for a number of {module.__name__}.py: refused by name",
+                      refused, f"--{name} {word!r}: {status} {errors}")
+
+
 if __name__ == "__main__":
-    for part in (kills, disks, checkpoints, options):
+    for part in (kills, disks, checkpoints, options, nonsense):
         if part.__name__ in sys.argv[1:] or not sys.argv[1:]:
             began = time.time()
             with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from scipy import ndimage
 import hourglass
 import tiny
 from hourglass import StackedHourglass
-from test_export import make_batch
+from test_networks import make_batch
 
 TINY = dict(stacks=2, features=16, stem_stride=4, joints_from=1)
 
@@ -20,17 +20,17 @@ def build(**options):
     return model.to(memory_format=torch.channels_last).train()
 
 
-@pytest.mark.parametrize("options, weights, billions, bottleneck", [
+@pytest.mark.parametrize("options, weights, billions, smallest", [
     ({}, 12_841_764, 348.7, "(256, 20, 20)"),
     (dict(stem_stride=4), 12_841_764, 23.08, "(256, 5, 5)"),
     (dict(width=2), 51_135_972, 1383.8, "(512, 20, 20)"),
 ])
-def test_stages_and_their_totals(options, weights, billions, bottleneck, capsys):
+def test_stages_and_their_totals(options, weights, billions, smallest, capsys):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         hourglass.print_stages(StackedHourglass(**options), 320)
     assert counter.get_total_flops() / 2e9 == pytest.approx(billions, rel=0.002)
     rows = capsys.readouterr().out.splitlines()
-    assert bottleneck in rows[1]
+    assert smallest in rows[1]
     assert f"{weights:,} weights" in rows[-1]
 
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from segnet import SegNet, print_stages, unpool
 
-@pytest.mark.parametrize("options, parameters, billions, bottleneck", [
+@pytest.mark.parametrize("options, parameters, billions, smallest", [
     ({}, 1_417_241, 35.2, "(64, 4, 4)"),
     (dict(width=2), 5_644_313, 138.4, "(128, 4, 4)"),
     (dict(variant="vgg16"), 29_457_433, 63.9, "(512, 2, 2)"),
 ])
-def test_stages_and_their_totals(options, parameters, billions, bottleneck, capsys):
+def test_stages_and_their_totals(options, parameters, billions, smallest, capsys):
     with FlopCounterMode(display=False) as counter:
         print_stages(SegNet(**options), 64)
     work = counter.get_total_flops() / 2                    # FLOPs of a multiply-add
@@ -22,7 +22,7 @@ def test_stages_and_their_totals(options, parameters, billions, bottleneck, caps
     weights = [int(row.split()[-2].replace(",", "")) for row in rows]
     assert sum(weights) == parameters
     assert f"{parameters:,} weights" in last
-    assert bottleneck in text
+    assert smallest in text
 
 
 def test_unpool_puts_each_value_where_its_maximum_was():

@@ -91,6 +91,46 @@ def test_a_capsule_by_hand(slant, x, z, along):
     assert np.isnan(beside)
 
 
+def first_ball(origin, lines, axis, radii):
+    """Where lines (N, 3) first meet one of 500 balls along an axis from (0, 0, 0): t (N,), infinite
+    without any, and the ball's place along the axis, 0 to 1."""
+    ra, rb = radii
+    square = (lines ** 2).sum(axis=1)
+    balls = np.linspace(0, 1, 500)
+    entries = []
+    for s in balls:
+        centre = s * axis
+        radius = ra + s * (rb - ra)
+        nearest = lines @ (centre - origin) / square    # t of the line's point nearest to it
+        beside = origin + nearest[:, None] * lines - centre
+        inside = radius ** 2 - (beside ** 2).sum(axis=1)
+        half = np.sqrt(inside.clip(0) / square)
+        entry = np.where(inside > 0, nearest - half, np.inf)
+        entries.append(entry)
+    first = np.argmin(entries, axis=0)
+    return np.min(entries, axis=0), balls[first]
+
+
+@pytest.mark.parametrize("radii", [(.5, .5), (.5, .2), (.1, .6)])
+@pytest.mark.parametrize("origin", [(8, 0, 0), (1, 2, 6), (0, -2, -5)])
+def test_a_capsule_is_all_balls_along_its_axis(radii, origin):
+    rng = np.random.default_rng(0)
+    origin = np.array(origin)
+    start = np.zeros(3)
+    axis = np.array([0, .4, 1.1])
+    targets = rng.random((200, 1)) * axis
+    targets += rng.normal(0, .4, (200, 3))
+    lines = (targets - origin) / rng.uniform(4, 9)
+    t, along = prepare.hit_capsule(origin, lines, start, axis, *radii)
+    first, ball = first_ball(origin, lines, axis, radii)
+    hit = first < np.inf
+    assert 60 < hit.sum() < 190
+    same = np.isfinite(t) == hit
+    assert same.mean() > .98                            # some touch between two of the 500 balls
+    assert np.allclose(t[hit], first[hit], atol=.001)
+    assert np.allclose(along[hit], ball[hit], atol=.02)
+
+
 def test_the_nearest_subpixel_labels_a_pixel_that_is_covered_half():
     flesh = dict(
         pixel=np.array([5, 5, 5, 9]),
@@ -125,6 +165,19 @@ def test_files_are_the_same_for_any_workers_and_people_in_one_split(raw, tmp_pat
         assert (raw / path).read_bytes() == (Path(f"{out}-raw") / path).read_bytes()
     people = {(path.parts[0], path.name[:3]) for path in paths}
     assert len(people) == 3
+
+
+def test_no_number_of_a_sequence_is_in_two_splits():
+    assert prepare.clip_name("train", 129) == ("203_03", "203_03_c0002")
+    assert prepare.clip_name("train", 23_999) == ("799_10", "799_10_c0004")
+    assert prepare.clip_name("val", 5) == ("800_02", "800_02_c0002")
+    assert prepare.clip_name("test", 0) == ("900_01", "900_01_c0001")
+    numbers = set()
+    for split in prepare.SPLITS:
+        for i in range(0, 60_000, 40):
+            sequence, _ = prepare.clip_name(split, i)
+            numbers.add(sequence.split("_")[0])
+    assert len(numbers) == 3 * 60_000 / 40
 
 
 def test_info_is_as_surreals(raw):
