@@ -6,12 +6,14 @@ a square around the person. Differs from the paper: it takes the frames of one c
 (`--pick cluster`), here every cluster gives the same number; and no test clip shares poses with a
 clip of val. For your own pictures, masks of class ids become labels (`--images`).
 
-What could not be used is listed in skipped.csv with its reason, and classes.json is written last.
-A command that was stopped goes on when it is repeated. The last part of this file renders a
-stand-in in SURREAL's layout, for those who do not have SURREAL.
+What was chosen is in settings.json, what could not be used in skipped.csv with its reason, and
+classes.json is written last. A command that was stopped is repeated: clips go on, own pictures
+start again. The last part of this file renders a stand-in in SURREAL's layout, for those who do not
+have SURREAL.
 """
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
 import fnmatch
@@ -26,7 +28,9 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import sys
+import tempfile
 import threading
 import unicodedata
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -238,7 +242,8 @@ def read_poses(path):
         joints = read_joints(path)[:, :, 2:]
         return np.nan_to_num(joints - joints[:, :1]).clip(-9, 9).reshape(-1, 72), None
     except Exception as error:              # a broken file makes its reader stumble in any way
-        return np.zeros((0, 72), np.float32), f"info.mat: {error!r}; it had no part in the choice"
+        return np.zeros((0, 72), np.float32), (
+            f"info.mat: {error!r}; once it is mended, remove the prepared folder to choose again")
 
 
 def pick(poses, wanted, how, clusters, rng):
@@ -288,14 +293,14 @@ def find_clips(top):
     return dict(sorted(clips.items()))
 
 
-def select_clips(raw, run, exclude):
-    """The clips {split: {clip: folder}} that frames may come from, and rows of skipped.csv.
+def select_clips(found, run, exclude):
+    """Takes the clips that no frame may come from out of `found`, {split: {clip: folder}}, and
+    returns rows of skipped.csv for them.
 
     Training keeps the network with the best score on val, so no clip of test may share poses with
     one of val. In SURREAL's run0, of 3,814 test clips 173 are in val as well, 268 are next to a val
     clip of their sequence, and 85 are it or next to it in the sequence's twin, `ung_` or not.
     """
-    found = {split: find_clips(f"{raw}/{split}/run{run}") for split in SPLITS}
     everything = set().union(*found.values())
     excluded = set()
     for pattern in exclude:
@@ -313,16 +318,26 @@ def select_clips(raw, run, exclude):
     for clip in list(found["test"]):
         if motion_of(clip) in near_val:
             del found["test"][clip]
-            reason = "also in val" if clip in found["val"] else "shares poses with a val clip"
-            skipped.append((clip, "", reason))
+            skipped.append((clip, "", "shares poses with a val clip, or is in val"))
     if not all(found.values()):
         raise Problem("no clip is left in one of the splits: --exclude less")
-    return found, skipped
+    return skipped
 
 
-def choose(args):
-    """The frames [(split, folder, clip, [t, ...])] to take, and rows of skipped.csv."""
-    clips, skipped = select_clips(args.raw, args.run, args.exclude)
+def choose_clips(args, choice):
+    """What is stored of the choice of frames: chosen, [(split, folder, clip, [t, ...])]; skipped,
+    rows of skipped.csv; and clips, the number that there were. If `choice` is not empty, it is
+    returned as it is."""
+    if choice and not os.path.exists(args.raw):
+        return choice
+    clips = {split: find_clips(f"{args.raw}/{split}/run{args.run}") for split in SPLITS}
+    count = sum(map(len, clips.values()))
+    if choice:
+        if count > choice["clips"]:
+            print(f"{count - choice['clips']} clips came after the choice of frames and are not in "
+                  f"{args.out}: remove it to choose again")
+        return choice
+    skipped = select_clips(clips, args.run, args.exclude)
     chosen = []
     for number, split in enumerate(SPLITS):
         folders, wanted = clips[split], getattr(args, split)
@@ -337,7 +352,7 @@ def choose(args):
         how, clusters = args.pick, args.clusters
         if split == "val":                      # spread over its clips, as if all were one cluster
             how, clusters = "spread", 1
-        if how == "cluster" and wanted > len(frames):
+        if how == "cluster" and wanted >= len(frames):
             raise Problem(f"--{split} {wanted}: there are {len(frames)} frames, and --pick cluster "
                           "takes a part of them: ask for fewer, or take --pick spread")
         rng = np.random.default_rng([args.seed, number])
@@ -348,7 +363,7 @@ def choose(args):
             clip, t = frames[row]
             times[clip].append(t)
         chosen += [(split, folders[clip], clip, times[clip]) for clip in times]
-    return chosen, skipped
+    return dict(chosen=chosen, skipped=skipped, clips=count)
 
 
 # ------ The prepared folder
@@ -370,13 +385,13 @@ def in_parallel(function, jobs, workers, what):
     with ProcessPoolExecutor(workers or 1, initializer=start_worker) as pool:
         results = pool.map(function, *zip(*jobs)) if workers else itertools.starmap(function, jobs)
         pause = 0.2 if sys.stderr.isatty() else 30
-        yield from tqdm(results, what, len(jobs), mininterval=pause)
+        yield from tqdm(results, what, len(jobs), mininterval=pause, disable=not jobs)
 
 
 def write_whole(path, data):
     """Writes bytes to a file that is there whole or not at all, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
@@ -390,45 +405,69 @@ def read_json(path):
         return json.load(file)
 
 
-def check_settings(folder, note, settings):
-    """Raises Problem if `folder` was made with other settings, as its JSON file `note` tells, or if
-    it holds other files. A folder with .parts is ours, even if an early kill left no note."""
+def sha256(name):
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def lock(out):
+    """A context in which no other process of this machine works on the folder `out`. SQLite's locks
+    are on every system, and end with their process, even one that is killed."""
+    path = f"{tempfile.gettempdir()}/prepare_surreal-{sha256(os.path.realpath(out))}"
+    connection = sqlite3.connect(path, timeout=0)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        raise Problem(f"another process is working on {out} ({error}): wait for its end") from error
+    return contextlib.closing(connection)
+
+
+def check_settings(folder, settings):
+    """Raises Problem if `folder` was made with other settings, as its settings.json tells, or was
+    not made by this program. Hidden files, such as .DS_Store, may be in a new folder."""
+    note = folder / "settings.json"
     if note.exists():
-        found = read_json(note).get("settings", {})
+        found = read_json(note)["settings"]
         differing = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
         if differing:
             raise Problem(f"{folder} was made with {differing}: name another --out or remove it")
-    elif folder.exists() and ".parts" not in os.listdir(folder) != []:
-        raise Problem(f"{folder} holds other files: name another --out, a new or an empty folder")
+    elif folder.exists() and any(name[0] != "." for name in os.listdir(folder)):
+        raise Problem(f"{folder} was not made by this program: name a new or an empty folder")
 
 
 def prepare(args, settings):
     """Prepares the clips, or pictures, of `args` into args.out, or goes on with it. Raises Problem.
 
     The choice of frames is stored, so that clips that arrive later do not mix two choices. While
-    there are clips that failed, .parts stays: the same command tries them again.
+    there are clips that failed, .parts stays: the same command tries them again. Own pictures are
+    all written again, so that some can be added; each group stays in its split.
     """
-    out, parts = args.out, f"{args.out}/.parts"
-    if args.images:                             # anew each time, so that pictures can be added
-        chosen, skipped = choose_pictures(args)
-        shutil.rmtree(parts, ignore_errors=True)
-        os.makedirs(parts)
+    out, parts = args.out, args.out / ".parts"
+    note, done = out / "settings.json", out / "classes.json"
+    choice = read_json(note) if note.exists() else {}
+    if args.images:
+        choice = choose_pictures(args, choice.get("chosen", []))
     else:
-        if not os.path.exists(f"{parts}/choice.json"):
-            chosen, skipped = choose(args)
-            choice = dict(settings=settings, chosen=chosen, skipped=skipped)
-            write_json(f"{parts}/choice.json", choice)
-        choice = read_json(f"{parts}/choice.json")
-        chosen, skipped = choice["chosen"], choice["skipped"]
-    (out / "classes.json").unlink(missing_ok=True)          # from now on the folder is unfinished
+        choice = choose_clips(args, choice)
+        if done.exists() and not parts.exists():
+            print(f"{out} is ready, with these settings")
+            return
+    done.unlink(missing_ok=True)                # from now on the folder is unfinished
+    write_json(note, choice | dict(settings=settings))
+    if args.images:
+        shutil.rmtree(parts, ignore_errors=True)
     for split, kind in itertools.product(SPLITS, ("images", "labels")):
-        os.makedirs(f"{out}/{split}/{kind}", exist_ok=True)
-    jobs = [(out, args.size, args.margin, *job) for job in chosen
+        folder = out / split / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir() if args.images else ():
+            path.unlink()
+    jobs = [(out, args.size, args.margin, *job) for job in choice["chosen"]
             if not os.path.exists(f"{parts}/{job[0]}/{job[2]}.json")]
     write = convert if args.images else extract
     failed = [row for row in in_parallel(write, jobs, args.workers, "writing frames") if row]
-    describe(args, settings, skipped + failed)
-    if not failed:
+    describe(args, settings, choice["skipped"] + failed)
+    if failed:
+        print(f"the same command tries {len(failed)} broken clips again")
+    else:
         shutil.rmtree(parts)
 
 
@@ -469,18 +508,18 @@ def statistics(colours):
 def describe(args, settings, skipped):
     """Writes what describes the folder: joints.npz, skipped.csv, preview.png, classes.json."""
     out, names = args.out, args.names or NAMES
-    groups = groups_of([path.stem for path in out.glob("*/images/*")])
     for split in reversed(SPLITS):              # train comes last: its numbers are used below
         frames, joints, more, (*colours, pixels) = collect(out, split)
         skipped += more
-        count = len({groups[frame] for frame in frames})
-        print(f"{split}: {len(frames)} frames of {count} groups")
+        print(f"{split}: {len(frames)} frames of {len(set(map(group_of, frames)))} groups")
         if args.images:
-            print("    pixels of each class:", dict(zip(names, pixels.tolist())))
+            counts = dict(zip(names, pixels.tolist()))
+            print(f"    pixels of each class: {counts}; ignored, with the margin: {pixels[IGNORE]}")
         else:
             joints = np.array(joints, np.float32).reshape(-1, 24, 2)
             np.savez(f"{out}/{split}/joints.npz", frames=np.array(frames, str), joints=joints)
-    with open(out / "skipped.csv", "w", newline="", encoding="utf-8") as file:
+    with open(out / "skipped.csv", "w", newline="", encoding="utf-8",
+              errors="backslashreplace") as file:               # names that are not UTF-8
         rows = sorted(skipped, key=lambda row: (row[0], row[1] or 0))
         csv.writer(file).writerows([("clip", "frame", "reason"), *rows])
     if not all(os.listdir(f"{out}/{split}/images") for split in SPLITS):
@@ -500,9 +539,8 @@ def describe(args, settings, skipped):
         source = f"SURREAL, run{args.run}; its left is the visible person's right"
         classes |= dict(SURREAL, source=source)
     write_json(out / "classes.json", classes, indent=1)
-    left_out = [clip for clip, frame, _ in skipped if not frame]
-    print(f"{out} is ready, preview.png shows some of it. {len(left_out)} clips or files were left "
-          "out, skipped.csv says why; the same command tries broken clips again")
+    print(f"{out} is ready, preview.png shows some of it; {len(skipped)} clips, frames or files "
+          "were left out, skipped.csv says why")
 
 
 # ------ Your own pictures
@@ -517,92 +555,123 @@ def list_files(folder, endings):
         if stem in found:
             raise Problem(f"{found[stem]} and {path} have one name: rename one of them")
         found[stem] = path
+    if not found:
+        raise Problem(f"{folder} itself has no {' '.join(endings)}; folders in it are not entered")
     return found
 
 
-def groups_of(frames):
-    """{frame: group}, the group being the frame's name without its number, or SURREAL's sequence:
-    "walk" for walk_0001, "01_01" for 01_01_c0001_037 and its twin ung_01_01_c0001_037. Where all
-    are one group, each is its own."""
-    groups = {frame: re.sub(r"^ung_|(_c\d{4})?_\d+$", "", frame) for frame in frames}
-    if len(set(groups.values())) == 1:
-        return {frame: frame for frame in frames}
-    return groups
+def group_of(frame):
+    """SURREAL's sequence, 01_01 for 01_01_c0001_037 and ung_01_01_c0001_037: its neighbouring clips
+    share half their poses. For other names, the name without the number of the frame: walk for
+    walk_0001, walk-1 and walk0001. evaluate.py has the same rule."""
+    sequence = re.fullmatch(r"(?:ung_)?(\d{2,3}_\d{2})_c\d+_\d+", frame)
+    return sequence[1] if sequence else re.sub(r"[-_. ]?\d+$", "", frame)
 
 
-def split_frames(frames, out):
-    """{frame: split}. The pictures of one group, such as a video, never lie in two splits.
+def split_frames(frames, stored):
+    """{frame: split}. The pictures of one group, such as a video, never lie in two splits; where
+    all are one group, each is a group of its own.
 
-    What is in `out` stays where it is, and a new group goes to the split of its hash, 8 : 1 : 1, so
-    adding pictures moves none. Hashing alone could leave a split empty. So the first new groups, in
-    the order of their hashes, go to the empty splits; in another, empty `out`, where more pictures
-    are prepared at once, these may be other groups.
+    A group of which frames are in `stored`, an earlier {frame: split}, stays where it is, and a new
+    one goes to the split of its hash, 8 : 1 : 1, so adding pictures moves none. Hashing alone could
+    leave a split empty. So the first new groups, in the order of their hashes, go to the empty
+    splits; where more pictures are prepared at once, these may be other groups.
     """
-    groups = groups_of(frames)
-    placed = {path.stem: path.parts[-3] for path in out.glob("*/labels/*.png")}
-    splits = {groups[frame]: split for frame, split in placed.items() if frame in groups}
+    groups = {frame: group_of(frame) for frame in frames}
+    if len(set(groups.values())) == 1:
+        groups = {frame: frame for frame in frames}
+    splits = {}
+    for frame in groups.keys() & stored.keys():
+        group = groups[frame]
+        if splits.setdefault(group, stored[frame]) != stored[frame]:
+            raise Problem(f"the frames of {group!r} were the only ones at first, so they lie in "
+                          "several splits: remove --out to split all anew, each group as a whole")
     empty = [split for split in SPLITS if split not in splits.values()]
-    hashes = {}
-    for group in set(groups.values()) - set(splits):
-        hashes[group] = int(hashlib.sha256(os.fsencode(group)).hexdigest(), 16)
-    if len(hashes) < len(empty):
-        raise Problem(f"{len(hashes)} new groups of pictures (names without their number) are too "
-                      f"few for {empty}, which need one each: add pictures, or rename some")
-    for group in sorted(hashes, key=hashes.get):
-        tenth = hashes[group] % 10
+    new = sorted(set(groups.values()) - set(splits), key=sha256)
+    if len(new) < len(empty):
+        raise Problem(f"{len(new)} new groups of pictures (names without their last number) are "
+                      f"too few for {empty}, which need one each: add pictures, or, if those of a "
+                      "group do not belong together, put the number first, 0001_IMG for IMG_0001")
+    for group in new:
+        tenth = int(sha256(group), 16) % 10
         splits[group] = empty.pop(0) if empty else SPLITS[max(0, tenth - 7)]
-    return {frame: placed.get(frame, splits[groups[frame]]) for frame in frames}
+    return {frame: splits[group] for frame, group in groups.items()}
 
 
-def choose_pictures(args):
-    """The pictures [(split, picture, frame, (mask, values))] and rows of skipped.csv for the files
-    that are none. Removes frames from args.out whose picture is no longer there."""
+def choose_pictures(args, before):
+    """What is stored of own pictures: chosen, [(split, picture, frame, (mask, values))], and
+    skipped, rows of skipped.csv for the files that are none. before: an earlier chosen, or [].
+    Raises Problem where a picture or a mask cannot be used."""
     pictures = list_files(args.images, PICTURES)
     masks = list_files(args.masks, (".png",))
     lonely = sorted(set(pictures) ^ set(masks))
     if lonely:
         raise Problem(f"{len(lonely)} pictures have no mask or masks no picture, the first is "
                       f"{lonely[0]}: a mask has its picture's name, and ends in .png")
-    splits = split_frames(pictures, args.out)
-    for path in [*args.out.glob("*/images/*"), *args.out.glob("*/labels/*")]:
-        if path.stem not in pictures:
-            path.unlink()
+    splits = split_frames(pictures, {frame: split for split, _, frame, _ in before})
     chosen = []
     for frame, path in pictures.items():
         chosen.append((splits[frame], str(path), frame, (str(masks[frame]), args.values)))
+    check(read_pair, [(picture, *mask) for _, picture, _, mask in chosen], args.workers)
     others = set(os.listdir(args.images)) - {path.name for path in pictures.values()}
-    return chosen, [(name, "", "no picture; folders are not entered") for name in others]
+    skipped = [(name, "", "no picture; folders are not entered") for name in others]
+    return dict(chosen=chosen, skipped=skipped)
+
+
+def problem_of(read, path, *more):
+    """Why read(path, *more) fails, or None."""
+    try:
+        read(path, *more)
+    except Exception as error:                  # a broken file makes Pillow stumble in any way
+        return " or ".join((path, *more[:1])) + f": {error}"
+
+
+def check(read, jobs, workers):
+    """Raises Problem with the number and the first of the files that read(*job) cannot read."""
+    jobs = [(read, *job) for job in jobs]
+    broken = [text for text in in_parallel(problem_of, jobs, workers, "checking pictures") if text]
+    if broken:
+        raise Problem(f"{len(broken)} pictures or masks cannot be used, the first is {broken[0]}")
+
+
+def read_picture(path):
+    """The picture of a file as an RGB image of Pillow, upright."""
+    opened = Image.open(path)
+    if opened.mode[0] in "IF":
+        raise ValueError("more than 8 bits a channel")
+    return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def read_pair(picture, mask, values):
+    """Image (H, W, 3) and class ids (H, W), both uint8, of a picture and its mask, in which class i
+    has the value values[i]. Raises ValueError for what is no mask of class ids."""
+    image = read_picture(picture)
+    stored = Image.open(mask)
+    if stored.mode == "1":                      # 0 and 255, as in other black and white masks
+        stored = stored.convert("L")
+    if stored.mode not in ("L", "P"):
+        raise ValueError(f"the mask has the mode {stored.mode}: masks are grey or palette PNGs of "
+                         "8 bit whose values are class ids, so give each colour the id of its class")
+    if stored.size != image.size:
+        raise ValueError(f"the mask has {stored.size} pixels, its picture {image.size}, upright")
+    indices = np.array(stored)                  # of a palette mask, not its colours
+    unknown = set(np.unique(indices).tolist()) - {*values, IGNORE}
+    if unknown:
+        raise ValueError(f"the mask has the value {min(unknown)}, which is not in {values}: "
+                         "--values says which value is which name, in the order of --names")
+    ids = np.full(256, IGNORE, np.uint8)
+    ids[values] = np.arange(len(values))
+    return np.array(image), ids[indices]
 
 
 def convert(out, size, margin, split, picture, frame, mask):
     """Writes a picture and its mask, padded to a square and resized. mask: its path and its value
-    of each class. Raises Problem for what is no mask of class ids."""
-    path, values = mask
-    try:
-        opened = Image.open(picture)
-        if opened.mode[0] in "IF":
-            raise ValueError("more than 8 bits a channel")
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-        stored = Image.open(path)
-        indices = np.array(stored, np.uint8)    # of a palette mask, not its colours
-    except Exception as error:                  # a broken file makes Pillow stumble in any way
-        raise Problem(f"{picture} or {path} cannot be read: {error!r}") from error
-    if stored.mode not in ("1", "L", "P"):
-        raise Problem(f"{path} has the mode {stored.mode}: masks are grey or palette PNGs of 8 bit "
-                      "whose values are class ids, so give each colour the id of its class")
-    if stored.size != image.size:
-        raise Problem(f"{path} has {stored.size} pixels, its picture {image.size}, upright")
-    unknown = set(np.unique(indices).tolist()) - {*values, IGNORE}
-    if unknown:
-        raise Problem(f"{path} has the value {min(unknown)}, which is not in {values}: --values "
-                      "says which value is which name, in the order of --names")
-    ids = np.full(256, IGNORE, np.uint8)
-    ids[values] = np.arange(len(values))
-    width, height = image.size
+    of each class."""
+    image, ids = read_pair(picture, *mask)
+    height, width = ids.shape
     side = max(width, height)
     box = (width - side) // 2, (height - side) // 2, side
-    pair = crop(np.array(image), ids[indices], box, size)
-    write_record(out, split, frame, [(frame, *pair, None)], [])
+    write_record(out, split, frame, [(frame, *crop(image, ids, box, size), None)], [])
 
 
 # ------ The stand-in: clips in SURREAL's raw layout, made step by step as in the paper's Section
@@ -1405,12 +1474,12 @@ def make_clip(raw, split, i, seed, frames, picture):
 
 
 # ------ Command line
-CLIPS, STANDIN, OWN = "--raw, --synthesize", "--synthesize", "--images"
+CLIPS, RAW, STANDIN, OWN = "--raw, --synthesize", "--raw", "--synthesize", "--images"
 ALL = "--raw, --synthesize, --images"
 OPTIONS = [     # name, the modes it goes with, default, lowest value, help
     ("size", ALL, 320, 1, "side of the square images, in pixels"),
     ("workers", ALL, os.cpu_count(), 0, "processes, 150 MB each; 0 starts none"),
-    ("run", CLIPS, 0, 0, "SURREAL's run; clips of 0, 1, 2 overlap by 50, 70, 30 %%"),
+    ("run", RAW, 0, 0, "SURREAL's run; clips of 0, 1, 2 overlap by 50, 70, 30 %%"),
     ("train", CLIPS, 90_000, 1, "frames for train, or all that exist"),
     ("val", CLIPS, 15_000, 1, "frames for val, or all that exist, spread over its clips"),
     ("test", CLIPS, 15_000, 1, "frames for test, or all that exist"),
@@ -1438,7 +1507,7 @@ def synthesize(raw, clips, frames, seed, workers, backgrounds):
     """Fills raw/{train,val,test}/run0 with `clips` clips for train, a tenth for val and for test,
     except those already there. Of the pictures in `backgrounds`, train gets eight in ten."""
     settings = dict(clips=clips, frames=frames, seed=seed, backgrounds=backgrounds)
-    check_settings(raw, raw / "settings.json", settings)
+    check_settings(raw, settings)
     pictures = [None] * 10                      # for these make_clip makes backgrounds up
     if backgrounds:
         paths = glob.glob("**/*", root_dir=backgrounds, recursive=True)     # linked folders too
@@ -1446,13 +1515,15 @@ def synthesize(raw, clips, frames, seed, workers, backgrounds):
         pictures = [path for path in paths if path.suffix.lower() in PICTURES]
     if len(pictures) < 10:
         raise Problem(f"--backgrounds {backgrounds} has {len(pictures)} pictures; 10 are required")
-    write_json(raw / "settings.json", dict(settings=settings))
     for_train = [picture for i, picture in enumerate(pictures) if i % 10 < 8]
     behind = dict(train=for_train, val=pictures[8::10], test=pictures[9::10])
     jobs = []
     for split, own in behind.items():
         count = clips if split == "train" else max(2, clips // 10)
         jobs += [(raw, split, i, seed, frames, own[i % len(own)]) for i in range(count)]
+    used = {str(picture) for *_, picture in jobs if picture}
+    check(read_picture, [(path,) for path in sorted(used)], workers)
+    write_json(raw / "settings.json", dict(settings=settings))
     list(in_parallel(make_clip, jobs, workers, "rendering the stand-in"))
 
 
@@ -1480,36 +1551,36 @@ def parse(argv):
         if lowest is not None and not value >= lowest:      # nan is not either
             parser.error(f"--{name} has to be {lowest} or more")
     args.values = args.values or list(range(len(args.names)))
-    if args.images and not (args.masks and 2 <= len(args.names) == len(args.values) < 256):
-        parser.error("--images needs --masks, --names (2 to 255), and as many --values, if any")
-    if len(set(args.values) & set(range(256))) < len(args.values):
-        parser.error("--values are different numbers from 0 to 255")
+    names = set(map(str.strip, args.names)) - {""}
+    values = set(args.values) & set(range(256))
+    fitting = 2 <= len(names) == len(args.names) == len(values) == len(args.values) < 256
+    if args.images and not (fitting and args.masks not in (None, args.images)):
+        parser.error("--images needs --masks, another folder; --names, 2 to 255 different ones; "
+                     "and as many different --values from 0 to 255, if any")
     return args
 
 
 def main(argv=None):
     """Returns the exit status: 0, 2 after a sentence about what can be mended, 130 on Ctrl-C."""
     args = parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")           # names that it cannot show
     if args.synthesize:
-        args.raw = f"{args.out}-raw"
+        args.raw = os.path.abspath(f"{args.out}-raw")
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
-    done, choice = args.out / "classes.json", args.out / ".parts" / "choice.json"
     try:
-        check_settings(args.out, done if done.exists() else choice, settings)
-        if args.synthesize and not done.exists():
-            synthesize(Path(args.raw), args.clips, args.frames, args.seed, args.workers,
-                       args.backgrounds)
-        if args.images or choice.exists() or not done.exists():
+        with lock(args.out):
+            check_settings(args.out, settings)
+            if args.synthesize and not (args.out / "classes.json").exists():
+                synthesize(Path(args.raw), args.clips, args.frames, args.seed, args.workers,
+                           args.backgrounds)
             prepare(args, settings)
-        else:
-            print(f"{args.out} is ready, with these settings")
         return 0
     except BrokenExecutor:
         error = "the system ended a worker, most often for want of memory: give fewer --workers"
     except (Problem, OSError) as problem:
         error = problem
     except KeyboardInterrupt:
-        print("prepare_surreal.py: stopped; the same command goes on", file=sys.stderr)
+        print("prepare_surreal.py: stopped; repeat the same command", file=sys.stderr)
         return 130
     print(f"prepare_surreal.py: {error}", file=sys.stderr)
     return 2

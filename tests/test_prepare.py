@@ -91,8 +91,8 @@ def load(out, split, frame):
     return np.asarray(image).astype(int), np.asarray(labels)
 
 
-def read_classes(out):
-    return json.loads(Path(f"{out}/classes.json").read_text())
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def run(*options):
@@ -168,7 +168,9 @@ def prepared(raw, tmp_path_factory):
     environment = os.environ | dict(PYTHONPATH=os.path.dirname(prepare.__file__))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert " 18 clips" in done.stdout.splitlines()[-1]
+    ready, again = done.stdout.splitlines()[-2:]
+    assert " 24 clips, frames or files" in ready
+    assert " 8 broken clips" in again
     return out
 
 
@@ -177,15 +179,16 @@ def test_a_broken_clip_or_frame_costs_that_alone_and_has_its_reason(prepared):
     expected = [f"{clip}_{t:03d}" for clip, T in good.items() for t in range(1, T + 1)]
     expected += [f"60_01_c0001_00{t}" for t in (1, 8, 9)]
     assert frames(prepared, "train") == sorted(expected)
-    texts = {("02_01_c0003", ""): "also in val", ("50_04_c0001", ""): "mp4"}
+    texts = {("50_04_c0001", ""): "mp4"}
     for number, part in enumerate(("mp4", "segm", "info"), 1):
         texts[f"50_01_c000{number}", ""] = texts[f"50_02_c000{number}", ""] = part
     for number, (_, text) in enumerate(DEFECTS, 1):
         texts[f"50_03_c000{number}", ""] = text
     for t, text in enumerate(["mask", "mask", "mask", "joints", "joints", "no person"], 2):
         texts["60_01_c0001", str(t)] = text
-    for clip in ("02_01_c0002", "02_01_c0004", *(f"ung_02_01_c000{n}" for n in (2, 3, 4))):
-        texts[clip, ""] = "shares poses with a val clip"
+    for number in (2, 3, 4):
+        for motion in ("02_01", "ung_02_01"):
+            texts[f"{motion}_c000{number}", ""] = "val"
     found = reasons(prepared)
     assert found.keys() == texts.keys()
     assert all(texts[key] in reason for key, reason in found.items()), found
@@ -200,7 +203,8 @@ def test_clips_of_run1_share_poses_over_three_numbers(tmp_path):
         for number in numbers:
             clip = tmp_path / split / f"run1/07_01/07_01_c{number:04d}.mp4"
             prepare.write_whole(clip, b"")
-    found, _ = prepare.select_clips(tmp_path, 1, [])        # of 100 frames, 30 apart
+    found = {split: prepare.find_clips(tmp_path / split) for split in SPLITS}
+    prepare.select_clips(found, 1, [])                      # of 100 frames, 30 apart
     assert [*found["test"]] == ["07_01_c0001", "07_01_c0009", "07_01_c0010"]
 
 
@@ -227,7 +231,7 @@ def test_image_labels_and_joints_of_a_frame_belong_together(raw, prepared):
 
 
 def test_classes_json_describes_the_folder(prepared):
-    classes = read_classes(prepared)
+    classes = read_json(prepared / "classes.json")
     mirror = classes["mirror"]
     pairs = [{i, twin} for i, twin in enumerate(mirror) if i < twin]
     assert pairs == [{2, 3}, {5, 6}, {8, 9}, {11, 12}, {14, 15},
@@ -255,10 +259,12 @@ def test_a_folder_is_never_overwritten(raw, prepared, tmp_path, capsys):
     assert run("--raw", raw, "--out", prepared, "--size", 96) == 2
     assert "'size': 64" in capsys.readouterr().err
     assert files(prepared) == before
-    thesis = tmp_path / "thesis.txt"
+    thesis = tmp_path / "classes.json"
     thesis.write_text("precious")
-    assert run("--raw", raw, "--out", tmp_path) == run("--raw", raw, "--out", thesis) == 2
-    assert files(tmp_path) == {"thesis.txt": b"precious"}
+    assert run("--raw", raw, "--out", tmp_path) == 2
+    assert "not made by this program" in capsys.readouterr().err
+    assert run("--raw", raw, "--out", thesis) == 2
+    assert files(tmp_path) == {"classes.json": b"precious"}
 
 
 def test_killed_or_interrupted_it_goes_on_and_ends_with_the_same_files(raw, prepared, tmp_path):
@@ -292,15 +298,17 @@ def test_a_mended_clip_is_tried_again_and_late_clips_do_not_enter(three, tmp_pat
     whole = Path(video).read_bytes()
     os.truncate(video, 900)
     assert run(*three) == 0
-    assert " 1 clips" in capsys.readouterr().out.splitlines()[-1]
+    assert "1 broken clips again" in capsys.readouterr().out.splitlines()[-1]
     Path(video).write_bytes(whole)
     write_clip(tmp_path / "train/run0", "06_01_c0001", 4)
     for _ in range(2):
         assert run(*three) == 0
         assert len(frames(three[1], "train")) == 8
         assert not reasons(three[1])
-        assert sum(read_classes(three[1])["pixels"]) == 8 * 32 * 32
-        assert "ready" in capsys.readouterr().out
+        assert sum(read_json(three[1] / "classes.json")["pixels"]) == 8 * 32 * 32
+        text = capsys.readouterr().out
+        assert "ready" in text and "1 clips came after" in text
+        assert "again" not in text.splitlines()[-1]
         assert not (three[1] / ".parts").exists()
 
 
@@ -327,7 +335,7 @@ def test_the_systems_end_of_a_worker_is_one_sentence(three, monkeypatch, capsys)
     (["--margin", "nan"], "--margin"),
     (["--exclude", "5*"], "5*"),
     (["--exclude", "01_*"], "no clip is left"),
-    (["--pick", "cluster", "--train", "5"], "--train 5")])
+    (["--pick", "cluster", "--train", "4"], "--train 4")])
 def test_a_mistake_is_one_sentence_before_anything_is_written(options, says, three, capsys):
     assert run(*three, *options) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -434,44 +442,65 @@ def write_pictures(folder, names, mask=LEFT):
             "--size", 30, "--workers", 0, "--names", "background", "cat"]
 
 
+NOT_UTF8 = {os.fsdecode(b"\xff.txt")} if sys.platform == "linux" else set()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def placed(out):
     return {frame: split for split in SPLITS for frame in frames(out, split)}
 
 
-def test_six_pictures_become_a_folder_and_more_move_none(tmp_path, capsys):
-    options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
+def test_more_pictures_move_none(tmp_path, capsys, monkeypatch):
+    walks = [f"walk{i:04d}" for i in range(5)] + [f"run-{i}" for i in range(5)]
+    options = [*write_pictures(tmp_path, walks + ["a", "b"]), "--values", 0, 255]
     out = tmp_path / "out"
-    others = {"Thumbs.db", "._p_1.png", "folder"}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "convert", interrupt)
+        assert run(*options) == 130
+    assert run("--raw", tmp_path, "--out", out) == 2        # does not mix with what was begun
+    before = {frame: split for split, _, frame, _ in read_json(out / "settings.json")["chosen"]}
+    assert len({before.pop(frame) for frame in walks[:5]}) == 1
+    precious = out / "backup/images/precious.jpg"
+    prepare.write_whole(precious, b"")
+    write_pictures(tmp_path, [f"{i}x" for i in range(40)])
+    others = {"Thumbs.db", "._p_1.png", "folder"} | NOT_UTF8
     for name in others:
         (tmp_path / "pictures" / name).touch()
-    assert run(*options) == 0
-    assert " 3 clips or files" in capsys.readouterr().out.splitlines()[-1]
-    assert {name for name, _ in reasons(out)} == others
-    before = placed(out)
-    assert len(before) == 6
-    assert {*before.values()} == {*SPLITS}
-    walk = [f"walk_{i:04d}" for i in range(20)]
-    write_pictures(tmp_path, walk + [f"x{i}" for i in range(40)])
-    for path in tmp_path.glob("*/p_0.png"):
+    for path in tmp_path.glob("*/walk*.png"):
         path.unlink()
     assert run(*options) == 0
-    after = placed(out)
-    del before["p_0"]
-    assert before.items() <= after.items()
-    assert len(after) == 65
-    assert len({after[frame] for frame in walk}) == 1
+    assert before.items() <= placed(out).items()
+    assert len(placed(out)) == 47
+    assert precious.exists()
+    assert len(reasons(out)) == len(others)
     count = len(frames(out, "train"))
-    classes = read_classes(out)
+    classes = read_json(out / "classes.json")
     assert classes["pixels"] == [400 * count, 200 * count]
     assert classes["size"] == 30
-    assert f"'background': {400 * count}, 'cat': {200 * count}" in capsys.readouterr().out
     assert np.allclose(classes["mean"], np.array([250, 30, 30]) / 255, atol=0.01)
+    text = capsys.readouterr().out
+    assert f"'cat': {200 * count}}}; ignored, with the margin: {300 * count}" in text
+    assert f" {len(others)} clips, frames" in text.splitlines()[-1]
 
 
-def test_a_new_groups_split_is_its_hash(tmp_path):
-    names = [f"name{i}" for i in range(1000)]
-    splits = prepare.split_frames(names, tmp_path)
-    fewer = prepare.split_frames(names[500:], tmp_path)
+def test_one_video_is_split_and_no_second_is_added(tmp_path, capsys):
+    options = [*write_pictures(tmp_path, [f"p_{i}" for i in range(6)]), "--values", 0, 255]
+    assert run(*options) == 0
+    before = placed(tmp_path / "out")
+    assert {*before.values()} == {*SPLITS}
+    write_pictures(tmp_path, ["x"])
+    assert run(*options) == 2
+    assert "remove --out" in capsys.readouterr().err
+    assert placed(tmp_path / "out") == before
+
+
+def test_a_new_groups_split_is_its_hash():
+    names = [f"{i}name" for i in range(1000)]
+    splits = prepare.split_frames(names, {})
+    fewer = prepare.split_frames(names[500:], {})
     assert sum(splits[name] != split for name, split in fewer.items()) <= 6
     counts = [list(splits.values()).count(split) for split in SPLITS]
     assert np.allclose(counts, (800, 100, 100), atol=30)
@@ -504,67 +533,92 @@ def test_pictures_are_upright_and_palettes_are_ids(tmp_path):
     assert (image[7:, 15] < 60).all()
 
 
-@pytest.mark.parametrize("mask, values, says", [
-    (np.zeros((40, 60, 3), np.uint8), [], "mode RGB"),
-    (LEFT.astype(np.uint16), [], "mode I;16"),
-    (LEFT // 2, [], "value 127"),
-    (LEFT // 255, [0, 255], "value 1"),
-    (LEFT[1:], [], "(60, 39)"),
-    (LEFT, [], "--values 0 255"),
-    (LEFT, [0], "--values"),
-    (LEFT, [0, 0, 255], "--values"),
-    (LEFT, [0, 0], "--values"),
-    (LEFT, [0, 256], "--values")])
-def test_a_mask_of_anything_but_ids_is_one_sentence(mask, values, says, tmp_path, capsys):
-    options = write_pictures(tmp_path, ["a", "b", "c"])
-    Image.fromarray(mask).save(tmp_path / "masks/b.png")
-    assert run(*options, *["--values", *values][:5 * len(values)]) == 2
+@pytest.mark.parametrize("mask, more, says", [
+    (np.zeros((40, 60, 3), np.uint8), "", "mode RGB"),
+    (LEFT.astype(np.uint16), "", "mode I;16"),
+    (LEFT // 2, "", "value 127"),
+    (LEFT // 255, "--values 0 255", "value 1"),
+    (LEFT > 0, "--values 0 1", "--values 0 255"),           # white of 1 bit is 255 as well
+    (LEFT[1:], "", "(60, 39)"),
+    (LEFT, "", "--values 0 255"),
+    (LEFT, "--values 0", "different --values"),
+    (LEFT, "--values 0 0 255", "different --values"),
+    (LEFT, "--values 0 0", "different --values"),
+    (LEFT, "--values 0 256", "different --values"),
+    (LEFT, "--names cat cat", "different ones"),
+    (LEFT, "--masks pictures", "another folder")])
+def test_masks_and_options_of_own_pictures(mask, more, says, tmp_path, capsys, monkeypatch):
+    options = write_pictures(tmp_path, ["a", "b", "c"], mask)
+    monkeypatch.chdir(tmp_path)
+    assert run(*options, *more.split()) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out/classes.json").exists()
-    write_pictures(tmp_path, ["b"])                         # mended, the same folder is taken
-    assert run(*options, "--values", 0, 255) == 0
 
 
 @pytest.mark.parametrize("edit, says", [
     (lambda folder: (folder / "masks/b.png").unlink(), "1 pictures have no mask"),
     (lambda folder: (folder / "pictures/c.png").unlink(), "is c: "),
     (lambda folder: (folder / "pictures/b.jpg").touch(), "one name"),
-    (lambda folder: (folder / "pictures/b.png").write_bytes(b""), "b.png"),
-    (lambda folder: [path.unlink() for path in folder.glob("*/b.png")], "2 new groups")])
-def test_pictures_without_a_partner_or_too_few_are_one_sentence(edit, says, tmp_path, capsys):
-    options = write_pictures(tmp_path, ["a", "b", "c"])
+    (lambda folder: os.truncate(folder / "pictures/b.png", 90), "1 pictures or masks"),
+    (lambda folder: os.truncate(folder / "masks/b.png", 60), "masks/b.png"),
+    (lambda folder: [path.unlink() for path in folder.glob("*/[bd].png")], "0001_IMG"),
+    (lambda folder: [path.unlink() for path in folder.glob("pictures/*.png")], "not entered")])
+def test_a_mistake_about_pictures_leaves_a_finished_folder_alone(edit, says, tmp_path, capsys):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    out = tmp_path / "out"
+    assert run(*options) == 0
+    before = files(out)
     edit(tmp_path)
     assert run(*options) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+    assert files(out) == before
 
 
-def test_the_stand_in_is_rendered_and_prepared(tmp_path, monkeypatch):
+def test_a_second_process_is_refused(tmp_path, capsys):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    with prepare.lock(tmp_path / "out"):
+        assert run(*options) == 2
+    assert "another process" in capsys.readouterr().err
+    assert run(*options) == 0
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    options = [*write_pictures(tmp_path, ["a", "b", "c"]), "--values", 0, 255]
+    command = [sys.executable, prepare.__file__, *options, "--names", "背景", "猫"]
+    environment = os.environ | dict(PYTHONIOENCODING="cp1252")
+    assert subprocess.run([str(word) for word in command], env=environment).returncode == 0
+
+
+def test_the_stand_in_is_rendered_and_prepared(tmp_path):
     out = tmp_path / "standin"
     options = ["--synthesize", "--out", out, "--frames", 1, "--size", 64, "--workers", 0]
-    assert run(*options, "--clips", 2) == 0
-    assert run(*options, "--clips", 2) == 0
-    assert run(*options, "--clips", 1) == 2
-    assert "not SURREAL" in read_classes(out)["source"]
+    assert run(*options, "--run", 1) == 2                   # the stand-in has run 0 alone
+    for _ in range(2):
+        assert run(*options, "--clips", 2) == 0
+    classes = read_json(out / "classes.json")
+    assert "not SURREAL" in classes["source"]
+    assert classes["settings"]["raw"] == f"{out}-raw"
     assert [len(frames(out, split)) for split in SPLITS] == [2, 2, 2]
 
 
-def test_backgrounds_are_shared_among_the_splits(tmp_path, monkeypatch):
+def test_backgrounds_lie_in_linked_folders_and_a_broken_one_is_named(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for number in range(12):
-        prepare.write_whole(tmp_path / f"photos/{number}.JPG", b"")
+        Image.new("L", (9, 9)).save(f"{photos}/{number}.JPG")
     (tmp_path / "all").mkdir()
-    (tmp_path / "all/linked").symlink_to(tmp_path / "photos")
-    jobs = []
-    monkeypatch.setattr(prepare, "make_clip", lambda *job: jobs.append(job))
-    prepare.synthesize(tmp_path / "raw", 20, 1, 0, 0, f"{tmp_path}/all")
-    splits = [split for _, split, *_ in jobs]
-    assert splits == ["train"] * 20 + ["val"] * 2 + ["test"] * 2
-    used = {(split, picture) for _, split, *_, picture in jobs}
-    assert len(used) == len({picture for _, picture in used})
-    with pytest.raises(prepare.Problem, match="10"):
-        prepare.synthesize(tmp_path / "none", 3, 1, 0, 0, f"{tmp_path}/raw")
+    (tmp_path / "all/linked").symlink_to(photos)
+    pictures = []
+    monkeypatch.setattr(prepare, "make_clip", lambda *job: pictures.append(job[-1]))
+    render = (20, 1, 0, 0, f"{tmp_path}/all")
+    prepare.synthesize(tmp_path / "raw", *render)
+    assert len(pictures) == 24
+    assert len(set(pictures)) == 12
+    (photos / "0.JPG").write_bytes(b"")
+    with pytest.raises(prepare.Problem, match="linked/0.JPG"):
+        prepare.synthesize(tmp_path / "none", *render)
 
 
 def test_groups_are_names_without_their_number_or_surreals_sequences():
-    names = ["walk_0001", "walk_7", "x", "01_01_c0001_037", "ung_01_01_c0002_001"]
-    assert [*prepare.groups_of(names).values()] == ["walk", "walk", "x", "01_01", "01_01"]
-    assert prepare.groups_of(names[:2]) == {"walk_0001": "walk_0001", "walk_7": "walk_7"}
+    names = ["walk_0001", "walk-7", "walk07", "x", "01_01_c0001_037", "ung_01_01_c0002_001"]
+    assert [*map(prepare.group_of, names)] == ["walk"] * 3 + ["x", "01_01", "01_01"]
