@@ -252,6 +252,9 @@ def read_classes(data, count=False):
                       f'or write your own {path}: {{"names": ["background", ...]}}')
     try:
         stored = json.loads(path.read_bytes())      # the error names line and column
+        names = stored["names"]
+        if isinstance(names, dict) and all(map(str.isdigit, names)):    # {"0": "sky", "1": "cat"}
+            stored["names"] = [names[key] for key in sorted(names, key=int)]
         K = len(stored["names"])
         shades = np.linspace(0, 0.95, K)
         palette = colormaps["nipy_spectral"](shades, bytes=True)
@@ -328,9 +331,10 @@ def frames_in(folder, endings=PICTURES):
 def group_of(frame):
     """SURREAL's sequence, 01_01 for 01_01_c0001_037 and ung_01_01_c0001_037: its neighbouring clips
     share half their poses. For other names, the name without the number of the frame: walk for
-    walk_0001. prepare_surreal.py has the same rule, as it imports nothing from here."""
+    walk_0001, walk-1 and walk0001. prepare_surreal.py has the same rule, as it imports nothing from
+    here."""
     sequence = re.fullmatch(r"(?:ung_)?(\d{2,3}_\d{2})_c\d+_\d+", frame)
-    return sequence[1] if sequence else re.sub(r"_\d+$", "", frame)
+    return sequence[1] if sequence else re.sub(r"[-_. ]?\d+$", "", frame)
 
 
 def shared_groups(data):
@@ -669,14 +673,19 @@ def segment(predict, files, out):
 
 # ---- Devices
 
+def cpu_has(instructions):
+    """Whether this CPU has "avx512_f", "avx512_bf16", ...; False where torch (2.11) cannot tell."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    return torch.cpu.get_capabilities().get(instructions, False)
+
+
 def fastest_precision(device):
     """bf16 where the hardware has it; fp16 on CUDA cards before Ampere, which have no bf16."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):     # torch 2.11 lacks it
-        able = torch.cpu.get_capabilities()
-        if able.get("avx512_bf16") or able.get("amx_bf16"):
-            return "bf16"
+    if device.type == "cpu" and (cpu_has("avx512_bf16") or cpu_has("amx_bf16")):
+        return "bf16"
     return "fp32"
 
 
@@ -690,14 +699,34 @@ def pick_device(name="auto", precision="auto"):
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"--device {name} cannot be used here: auto and cpu always can") from error
+    fastest = fastest_precision(device)
     if precision == "auto":
-        precision = fastest_precision(device)
+        precision = fastest
+    if device.type == "cpu" and precision not in ("fp32", fastest):
+        print(f"This CPU computes {precision} about ten times slower than fp32.", file=sys.stderr)
     return device, precision
 
 
 def layout(network, device, precision):
-    """The memory format in which the network is fastest: channels last, for each of the three."""
-    return torch.channels_last
+    """The torch.memory_format in which the network is fast and right: channels last, but for two
+    kinds of convolutions on a CPU.
+
+    In float32 without AVX-512, the gradient of a 7x7 convolution's weights takes twice as long in
+    it. And in bf16 the gradient of a dilated convolution's weights is wrong in it where the input's
+    channels are more than 16 and no multiple of 16, since oneDNN then reads memory that nobody has
+    written (findings/bf16-weight-gradient.sh).
+    """
+    if device.type != "cpu":
+        return torch.channels_last
+    slow = wrong = False
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            channels = module.in_channels
+            slow |= module.kernel_size == (7, 7) and channels > 3
+            wrong |= module.dilation > (1, 1) and channels > 16 and channels % 16 > 0
+    slow &= precision == "fp32" and not cpu_has("avx512_f")
+    wrong &= precision == "bf16"
+    return torch.contiguous_format if slow or wrong else torch.channels_last
 
 
 def autocast(device, precision):
@@ -739,7 +768,7 @@ def load_checkpoint(path):
     return checkpoint, network.eval()
 
 
-def measure(path, split, data=None, device="auto", precision="auto", batch_size=8, workers=None):
+def measure(path, split, data=None, device="auto", precision="auto", batch_size=None, workers=None):
     """One checkpoint on one split: what reports and pictures need, as a dict."""
     path = Path(path)
     predict = Predictor(*load_checkpoint(path), *pick_device(device, precision))
@@ -749,6 +778,8 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
         raise Problem(f"{data} has other classes than {path}: name other data with --data")
     size = predict.settings["size"] or predict.classes["size"]
     frames = Split(data, split, classes, size)
+    if batch_size is None:      # the maps of more than two images leave a CPU's cache
+        batch_size = 32 if predict.device.type == "cuda" else 2
     chunks = BatchSampler(range(len(frames.frames)), batch_size, drop_last=False)
     workers = reader_count(workers, predict.device)
     batches = reader(frames, chunks, workers, predict.device)
@@ -780,7 +811,7 @@ def run_command(program, function):
     except KeyboardInterrupt:
         stop(130, "stopped by Ctrl-C")
     except (Problem, OSError) as error:     # a reader's traceback ends in "Problem: ..."
-        stop(2, str(error).splitlines()[-1].split("Problem: ")[-1])
+        stop(2, (str(error) or repr(error)).splitlines()[-1].split("Problem: ")[-1])
     except RuntimeError as error:
         text = str(error)
         if "out of memory" in text or "allocate memory" in text:

@@ -191,6 +191,7 @@ def test_results_do_not_depend_on_batches_or_workers(data, run):
 @pytest.mark.parametrize("frames, groups", [
     (["01_01_c0001_037", "ung_01_01_c0002_001", "104_02_c0001_001"], ["01_01", "01_01", "104_02"]),
     (["walk_0001", "walk_0002", "run_001"], ["walk", "walk", "run"]),
+    (["walk0001", "walk-2001", "run 001"], ["walk", "walk", "run"]),
     (["NAME_001", "NAME_002", "NAME_003"], ["NAME_001", "NAME_002", "NAME_003"])])
 def test_frames_of_a_video_are_one_group(tmp_path, frames, groups):
     for frame in frames:
@@ -351,6 +352,31 @@ def test_a_cpu_computes_in_what_it_is_fast_in(able, picked, monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert evaluate.pick_device("cpu") == (CPU, picked)
     assert evaluate.pick_device("cpu", "fp16") == (CPU, "fp16")
+
+
+@pytest.mark.parametrize("model, options, precision, able, fast", [
+    ("segnet", {}, "fp32", "avx2", torch.contiguous_format),
+    ("segnet", {}, "fp32", "avx512_f", torch.channels_last),
+    ("segnet", {}, "bf16", "avx2", torch.channels_last),
+    ("segnet", dict(variant="vgg16"), "fp32", "avx2", torch.channels_last),
+    ("hourglass", dict(stacks=1, features=16), "fp32", "avx2", torch.channels_last),
+    ("icnet", {}, "bf16", "avx512_f", torch.channels_last),
+    ("icnet", dict(width=0.35), "bf16", "avx512_f", torch.contiguous_format),
+    ("icnet", dict(width=0.35), "fp32", "avx512_f", torch.channels_last)])
+def test_layout_is_channels_last_but_where_it_is_slow_or_wrong(
+        model, options, precision, able, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    network = evaluate.MODELS[model](**options)
+    assert evaluate.layout(network, CPU, precision) == fast
+    assert evaluate.layout(network, torch.device("cuda"), precision) == torch.channels_last
+
+
+def test_half_precision_without_its_instructions_warns(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    evaluate.pick_device("cpu", "bf16")
+    assert "ten times slower" in capsys.readouterr().err
+    evaluate.pick_device("cpu", "fp32")
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("capability, picked", [((7, 5), "fp16"), ((8, 0), "bf16")])
