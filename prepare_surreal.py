@@ -411,7 +411,8 @@ def sha256(name):
 
 def lock(out):
     """A context in which no other process of this machine works on the folder `out`. SQLite's locks
-    are on every system, and end with their process, even one that is killed."""
+    are on every system, and end with their process, even one that is killed. Not covered are two
+    machines that share a folder, since many network file systems have no locks."""
     path = f"{tempfile.gettempdir()}/prepare_surreal-{sha256(os.path.realpath(out))}"
     connection = sqlite3.connect(path, timeout=0)
     try:
@@ -533,11 +534,11 @@ def describe(args, settings, skipped):
                    std=std.tolist(), settings=settings)
     if args.images:
         classes |= dict(names=names, source=f"own pictures, {args.images}")
-    elif args.synthesize:
-        classes |= dict(SURREAL, source="rendered stand-in, not SURREAL")
     else:
         source = f"SURREAL, run{args.run}; its left is the visible person's right"
         classes |= dict(SURREAL, source=source)
+    if args.synthesize:
+        classes["source"] = "rendered stand-in, not SURREAL"
     write_json(out / "classes.json", classes, indent=1)
     print(f"{out} is ready, preview.png shows some of it; {len(skipped)} clips, frames or files "
           "were left out, skipped.csv says why")
