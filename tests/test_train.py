@@ -335,6 +335,9 @@ def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path,
     assert train.main(argv["whole"]) == 0
     stop_in(train, "progress_bar", monkeypatch, argv["early"])
     assert load(tmp_path / "early")["step"] == 0
+    warning = ""
+    if precision == "fp16":
+        warning = "This CPU computes fp16 about ten times slower than fp32.\n"
     stopped = [("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 143),
                ("hung-up", signal.SIGHUP, 129)]
     for name, number, status in stopped if precision == "fp32" else stopped[:1]:
@@ -342,7 +345,7 @@ def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path,
         os.killpg(process.pid, number)
         output, errors = process.communicate()
         assert process.returncode == status
-        assert not errors
+        assert errors == warning
         assert 0 < load(tmp_path / name)["step"] < 8
         if status > 0:
             assert f"--resume {tmp_path / name}" in output
