@@ -81,7 +81,7 @@ class Criterion:
             absent = classes["names"][pixels.index(0)]
             raise Problem(f"--weighting {weighting}: no training label has a pixel of {absent}")
         self.scheme, _, self.form = weighting.partition("-")
-        exact = torch.float32 if device.type == "mps" else torch.float64    # which MPS has not
+        exact = torch.float32 if device.type == "mps" else torch.float64    # MPS has no float64
         self.pixels = torch.tensor(pixels, dtype=exact, device=device)
 
     def pixels_and_weights(self, K, levels=None):
@@ -422,7 +422,7 @@ def read_data(args):
     classes = evaluate.read_classes(args.data, count=True)
     training = Split(args.data, "train", classes, args.size, labels_at_size=True)
     frames = training.frames + Split(args.data, "val", classes).frames
-    classes["fingerprint"] = hashlib.sha256(repr(frames).encode()).hexdigest()
+    classes["frames"] = hashlib.sha256(repr(frames).encode()).hexdigest()
     if training.size % 32:
         raise Problem(f"{args.data} has {training.size} pixels, no multiple of 32: give --size")
     if args.coarse_to_fine and classes["names"] != NAMES:
@@ -442,7 +442,7 @@ def warn(classes, data):
     shared = evaluate.shared_groups(data)
     if shared:
         print(f"{data}: {len(shared)} groups of train are in val or test too, {shared[0]} for "
-              "example, so figures flatter")
+              "example, so the figures are too good for new data")
 
 
 def render_standin():
@@ -475,9 +475,9 @@ def validation_readers(args, classes, workers, device):
 def check_same_data(checkpoint, classes, data):
     """Raises Problem unless the classes and frames are those that the checkpoint's run began with.
     """
-    for key in "names", "size", "pixels", "fingerprint":
+    for key, what in dict(names="classes", size="sizes", pixels="labels", frames="frames").items():
         if checkpoint["classes"].get(key) != classes[key]:
-            raise Problem(f"{data} has other {key} than when this run began: restore the folder, "
+            raise Problem(f"{data} has other {what} than when this run began: restore the folder, "
                           "or start another run with --out")
 
 
@@ -561,8 +561,9 @@ class StopRequest:
     def __init__(self, world):
         self.number = 0
         for name in ("SIGINT", "SIGTERM", "SIGHUP") if world == 1 else ():
-            if hasattr(signal, name):                       # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self.note)
+            number = getattr(signal, name, None)            # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores it
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
         if self.number:
@@ -608,16 +609,19 @@ def study(args, argv, folder):
 
     series = STUDY[args.model]
     settings = [parse(command(options))[0] for options in series]
-    for args_of_run in settings:                            # what cannot work fails now
-        read_data(args_of_run)
+    for run in settings:                                    # what cannot work fails now
+        classes, _ = read_data(run)
+        Criterion(classes, run.weighting)
     for options in series:
         main(command(options))
-    evaluate.main(["--ckpt", *map(run_dir, series), "--split", "val", "--out", str(folder)])
+    machine = ["--device", args.device, "--precision", args.precision]
+    folders = [run_dir(options) for options in series]
+    evaluate.main(["--ckpt", *folders, "--split", "val", "--out", str(folder), *machine])
     best = max(series, key=miou)
     if args.model != "hourglass":
         best += f" --iterations {round(args.iterations * 90000 / 40000)}"
     main(command(best))
-    evaluate.main(["--ckpt", run_dir(best), "--out", str(folder / "test")])
+    evaluate.main(["--ckpt", run_dir(best), "--out", str(folder / "test"), *machine])
 
 
 # ---- Settings and command line
@@ -692,7 +696,8 @@ def build_parser():
         if default is False:
             add(option, action="store_true", help=text)
         else:
-            text += f" ({default or 'see below'})"
+            set_by_recipe = name in ("iterations", "batch_size", "lr")
+            text += " (see below)" if set_by_recipe else f" ({default!r})"
             add(option, type=type(default), choices=CHOICES.get(name), help=text)
     add("--augment", nargs="*", choices=["mirror", "scale", "colour", "none"],
         help="alone: mirror and scale, the paper's")
@@ -763,7 +768,7 @@ def check_options(args, typed):
         option = "--" + name.replace("_", "-")
         lowest = LOWEST.get(name, 1)
         if isinstance(value, (int, float)) and not lowest <= value < 2 ** 63:   # nor nan, inf
-            raise Problem(f"{option} {value}: it starts at {lowest}")
+            raise Problem(f"{option} {value}: it has to be from {lowest} to 2^63")
         if ONLY_FOR.get(name, args.model) != args.model:
             raise Problem(f"{option} is no option of {args.model}: leave it out")
         if args.study and name in SET_BY_STUDY:
@@ -784,7 +789,7 @@ def parse(argv):
     run_dir, checkpoint = find_run(typed, argv)
     args = complete(typed, checkpoint)
     check_options(args, typed)
-    if args.init_from:
+    if args.init_from and not checkpoint:
         evaluate.find_checkpoint(args.init_from)            # fail before data are rendered
     return args, run_dir, checkpoint
 

@@ -17,8 +17,7 @@
 # Versions: the same in torch 2.11.0 (oneDNN 3.10.2), 2.12.1 (3.11.2), 2.13.0 and 2.14.1 (3.12.0)
 # and 2.15.0 (3.13.3), each tried on this machine; TORCH=2.14.1 runs the script with another version
 # (their usual wheels bring gigabytes of CUDA). The same with ONEDNN_MAX_CPU_ISA=AVX512_CORE, which
-# has no bf16 instructions; right with ONEDNN_MAX_CPU_ISA=AVX2. AMX was not tried. The same code has
-# also ended the process with a segmentation fault; for which shapes is left out here.
+# has no bf16 instructions; right with ONEDNN_MAX_CPU_ISA=AVX2. AMX was not tried.
 #
 # Why it matters: a segmentation network with a width factor has such channel counts (128 x 0.35 =
 # 45) and dilated convolutions. It trains on a wrong gradient, or the loss is not finite after

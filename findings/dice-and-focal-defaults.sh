@@ -7,8 +7,8 @@
 #
 # Seen: four Dice losses from 0.43 to 0.60. They differ in what is averaged (classes or all pixels
 # together, images or the batch), and the rest was not traced. Both focal losses average over pixels
-# and classes, so they are 1/K of the formula's: with 25 classes the learning rate would have to be
-# 25 times as large. kornia's mean with ignore_index divides by the ignored pixels as well, so a
+# and classes, so they are 1/K of the formula's: with 25 classes, the learning rate of SGD would have
+# to be 25 times as large. kornia's mean with ignore_index divides by the ignored pixels as well, so a
 # picture of which half is ignored has half the loss.
 #
 # Why it matters: who replaces cross-entropy on people's parts by another loss changes the step size

@@ -77,4 +77,4 @@ else
 fi
 echo "A CPU with AVX2 only, emulated by limiting PyTorch and oneDNN to AVX2:"
 export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-"$folder/venv/bin/python" -W ignore "$folder/time.py" 3 60
+"$folder/venv/bin/python" -W ignore "$folder/time.py" 5 60

@@ -7,7 +7,7 @@
 # Seen: since torch 2.13, torch.jit.trace of F.max_unpool2d raises a TypeError about a condition
 # that is a tensor; 2.11.0 and 2.12.1 trace it, 2.14.1 and 2.15.0 do not. OpenVINO's convert_model
 # traces a module that it is given, so it fails, although it knows the operation: through
-# torch.export it converts, and the values agree. pnnx (20261020, for ncnn) traces too and fails
+# torch.export it converts, and the values agree. Tried by hand: pnnx (20261020, for ncnn) fails
 # with the same words. torch.ops.aten.max_unpool2d can be traced.
 #
 # Why it matters: SegNet's decoder is made of max_unpool2d. The error names neither the operation

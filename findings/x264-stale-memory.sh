@@ -8,7 +8,7 @@
 # new memory, one thread included, and the decoded pictures differ visibly. Without B-frames there
 # are fewer variants, but more than one. The script fills new memory with known bytes (mallopt), so
 # the result does not depend on luck. Macroblock tree (mbtree) is where it enters: with mbtree=0, or
-# with the AVX2 code (asm=avx2), files are the same for any memory and any run. An ffmpeg program of
+# with the AVX2 code (asm=avx2), files are the same for any memory and any run. By hand: an ffmpeg of
 # another build (9.0.2, from imageio-ffmpeg 0.8.1) depended on the memory in the same way.
 #
 # Why it matters: a rendered data set is to be the same on every run, so that figures can be

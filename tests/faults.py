@@ -69,8 +69,8 @@ def one_sentence(status, errors, *words):
 
 
 def kills(place, data, rng):
-    argv = [command(data, place / run, "--augment", "--weighting", "w1-direct", "--bn-after", "30",
-                    "--workers", "1", "--resume", iterations=60) for run in ("whole", "cut")]
+    more = "--augment --weighting w1-direct --bn-after 30 --workers 1 --resume"
+    argv = [command(data, place / run, more, iterations=60) for run in ("whole", "cut")]
     finish(spawn(argv[0]))
     status, count = None, 0
     while count < 20 or status != 0:
@@ -139,7 +139,7 @@ def checkpoints(place, data, rng):
                 torch.save(content, last, _use_new_zipfile_serialization=form == "zip")
             for function, argv in (
                     (evaluate.main, ["--ckpt", last]), (train.main, ["--resume", place / "run"]),
-                    (train.main, command(data, place / "new", "--init-from", str(last)))):
+                    (train.main, command(data, place / "new", f"--init-from {last}"))):
                 status, errors = call(function, argv)
                 held = one_sentence(status, errors, last) and not os.path.exists(Hostile.proof)
                 tally("a stranger's pickle: nothing runs, one sentence", held, errors)
@@ -170,7 +170,7 @@ def options(place, data, rng):
 NUMBERS = {
     train: "size width stacks features iterations batch-size lr val-every val-images bn-after seed "
            "workers",
-    evaluate: "batch-size workers",
+    evaluate: "workers",
     prepare_surreal: "size workers train val test clusters margin seed"}
 NONSENSE = ["", "x", "nan", "inf", "-1", "-0.5", "1e400"]
 
