@@ -32,6 +32,11 @@ import evaluate
 from evaluate import IGNORE, MODELS, Predictor, Problem, Split
 from hourglass import NAMES
 
+try:
+    import fcntl                # Windows has none, and no lock on a run's folder
+except ImportError:
+    fcntl = None
+
 
 # ---- Class weights and the loss (paper, Section 3.1)
 
@@ -301,12 +306,11 @@ def train(args, run_dir, checkpoint=None):
         (run_dir / "new.pt").write_bytes(buffer.getbuffer())
         os.replace(run_dir / "new.pt", run_dir / name)      # never leaves half a file
 
-    if rank == 0 and not checkpoint:
-        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)   # else a new one
+    lock = claim(run_dir, args.resume is not None) if rank == 0 else None
+    if not checkpoint:
         save("last.pt", 0)
-    parameters = sum(p.numel() for p in network.parameters())
-    print(f"{args.model}, {parameters:,} parameters, {precision} on {device}, into {run_dir}, "
-          f"steps {start} to {args.iterations}; {args.data}: {classes['source']}")
+    print(f"{args.model}, {precision} on {device}, into {run_dir}, steps {start} to "
+          f"{args.iterations}; {args.data}: {classes['source']}")
     if args.compile:
         network.compile()                                   # in place: weights keep their names
     model = distribute(network, device) if world > 1 else network
@@ -341,13 +345,14 @@ def train(args, run_dir, checkpoint=None):
         scaler.update()
 
         done = step + 1
-        bar.update(args.batch_size)
         due = done % args.val_every == 0 or done == args.iterations
         stopping = stop.number                              # it may change at any line below
         look = due or stopping or done % 10 == 0
         if not look:                                        # main.item() would wait for the GPU
+            bar.update(args.batch_size)
             continue
-        check_finite(main.item(), done, scaler.get_scale())
+        loss = mean_over_processes(main)
+        check_finite(loss, done, scaler.get_scale())
         if due:
             row = dict(step=done) | validate(predict, measured)
             check_finite(row["val_loss"], done)
@@ -359,8 +364,8 @@ def train(args, run_dir, checkpoint=None):
                 write_log(run_dir, rows, classes["source"])
         if due or stopping:
             save("last.pt", done)
-        bar.set_postfix_str(f"step {done}, loss {main.item():.3f}, best mIoU {max(best, 0):.1%}",
-                            refresh=False)
+        bar.set_postfix_str(f"step {done}, loss {loss:.3f}, best mIoU {max(best, 0):.1%}", False)
+        bar.update(args.batch_size)
         if stopping:
             bar.close()
             print(f"Stopped at step {done}: --resume {run_dir} goes on (a study: its command)")
@@ -369,6 +374,8 @@ def train(args, run_dir, checkpoint=None):
     stop.number = -1                                        # from here on, a signal ends at once
     if world > 1:
         dist.destroy_process_group()
+    if lock:
+        lock.close()
 
 
 def validate(predict, measured):
@@ -383,6 +390,15 @@ def validate(predict, measured):
         row[f"{name}_loss"] = float(loss)
         row |= {f"{name}_{key}": float(figures[key]) for key in evaluate.FIGURES}
     return row
+
+
+def mean_over_processes(loss):
+    """A float: the loss of the whole batch, of which each process has a part (Criterion)."""
+    loss = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss.item()
 
 
 def check_finite(loss, step, scale=1):
@@ -547,10 +563,24 @@ def join_processes(device):
 def distribute(network, device):
     """The network in DistributedDataParallel. On CUDA batch normalisation sees the whole batch:
     each such layer makes the host wait for the device once a step (ICNet has 63)."""
-    cuda = device.type == "cuda"
-    if cuda:
+    options = {}
+    if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=not cuda)
+        options["broadcast_buffers"] = False                # they are alike already
+    return nn.parallel.DistributedDataParallel(network, **options)
+
+
+def claim(run_dir, may_exist):
+    """Makes the run's folder and returns a file whose lock ends with this process, or when it is
+    closed. Raises Problem where another process works in the folder, or made it first."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=may_exist)
+        lock = open(run_dir / "lock", "w")
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileExistsError, BlockingIOError) as error:
+        raise Problem(f"{run_dir} belongs to another process: name another --out") from error
+    return lock
 
 
 class StopRequest:
@@ -725,8 +755,10 @@ def find_run(typed, argv):
         raise Problem("--resume DIR goes on with DIR; --resume alone with the newest unfinished "
                       "run; --model with --out DIR and --resume goes on with DIR or begins it")
     run_dir = Path(resume or out or newest_unfinished())
-    if model and out and not (run_dir / "last.pt").exists():
-        return run_dir, None
+    if not (run_dir / "last.pt").exists():
+        if model and out:
+            return run_dir, None
+        raise Problem(f"there is no run in {run_dir}, as it has no last.pt")
     checkpoint, _ = evaluate.load_checkpoint(run_dir / "last.pt")
     return run_dir, checkpoint
 
@@ -734,7 +766,11 @@ def find_run(typed, argv):
 def newest_unfinished():
     """The folder of the newest run below runs/ that has steps left. Raises Problem for none."""
     for path in evaluate.newest("runs", "last.pt"):
-        checkpoint, _ = evaluate.load_checkpoint(path)
+        try:
+            checkpoint, _ = evaluate.load_checkpoint(path)
+        except Problem as problem:
+            print(problem)
+            continue
         if checkpoint["step"] < checkpoint["settings"]["iterations"]:
             return path.parent
     raise Problem("no run below runs/ is unfinished: --resume DIR --iterations N prolongs one")
@@ -749,7 +785,7 @@ def complete(typed, checkpoint):
         began = checkpoint["settings"]
         for name in typed.keys() - MAY_CHANGE:
             if typed[name] != began[name]:
-                raise Problem(f"this run began with {name} {began[name]}: leave the option out, "
+                raise Problem(f"this run began with {name} {began[name]!r}: leave the option out, "
                               "or start another run with --out")
         return Namespace(**began | typed)
     model = typed["model"]
@@ -807,11 +843,11 @@ def main(argv):
         train(args, run_dir, checkpoint)
     except Exception as error:
         if "more than 1 value per channel" in str(error):
-            raise Problem("batch normalisation needs more than one value: raise --batch-size or "
-                          "--size") from error
+            raise Problem("batch normalisation needs more than one value: remove "
+                          f"{run_dir} and raise --batch-size or --size") from error
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             reason = str(error).splitlines()[0]
-            raise Problem(f"--compile failed ({reason}): leave it out") from error
+            raise Problem(f"--compile failed ({reason}): remove {run_dir}, leave it out") from error
         raise
     return 0
 

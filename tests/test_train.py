@@ -401,6 +401,16 @@ def test_a_compiler_that_is_missing_is_one_sentence(data, tmp_path, capsys, monk
     assert "(no compiler)" in refused(command(data, tmp_path / "run", "--compile"), capsys)
 
 
+def test_a_run_belongs_to_one_process(data, tmp_path, capsys):
+    argv = command(data, tmp_path / "run", "--resume", iterations=10 ** 6)
+    process = started(argv)
+    assert "another process" in refused(argv, capsys)
+    process.kill()
+    process.communicate()
+    stop = load(tmp_path / "run")["step"] + 1
+    assert train.main([*argv, "--iterations", str(stop)]) == 0
+
+
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
     monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("handled"))
@@ -425,7 +435,7 @@ def test_three_forms_of_resume(data, tmp_path, monkeypatch, capsys):
     assert train.main(["--resume", str(run), "--iterations", "5"]) == 0
     assert [row["step"] for row in load(run)["rows"]] == [2, 4, 5]
     for words, named in ("--model icnet --resume", "--out DIR"), (
-            "--resume runs/a --out b", "--resume DIR"), ("--resume runs", "runs/last.pt"):
+            "--resume runs/a --out b", "--resume DIR"), ("--resume runs", "no run in runs"):
         assert named in refused(words.split(), capsys)
 
 
