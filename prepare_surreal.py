@@ -48,13 +48,15 @@ SPLITS = ("train", "val", "test")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 HEAD, IGNORE = 16, 255                          # IGNORE labels what lies outside the frame
 HEIGHT, WIDTH, FOCAL = 240, 320, 600.0          # SURREAL's frames; their principal point: 160, 120
-# Clips of 100 frames begin 50, 30 or 70 frames after one another in run0, run1 and run2, so clips
-# whose numbers differ by at most this much share poses.
+# Clips whose numbers differ by at most this much share poses, in run0, run1 and run2, where clips
+# begin 50, 30 and 70 frames after one another. Clips of 100 frames, 30 apart: the first shares 70,
+# 40 and 10 frames with the next three, so 3. At 50 or 70 apart only the next one overlaps: 1.
 SHARING = (1, 3, 1)
 
 # SURREAL's labels: 0, then the SMPL joint's number + 1. Its images are mirrored: what it calls
 # "left" is on the visible person's right; labels and joints agree, so the names stay as they are.
-# This file imports nothing of ours, so NAMES and Problem stand in evaluate.py as well.
+# This file imports nothing of ours, so NAMES stands in hourglass.py as well, and Problem, group_of,
+# the endings of pictures and an error of one line in evaluate.py.
 NAMES = """background hips leftUpLeg rightUpLeg spine leftLeg rightLeg spine1 leftFoot rightFoot
     spine2 leftToeBase rightToeBase neck leftShoulder rightShoulder head leftArm rightArm
     leftForeArm rightForeArm leftHand rightHand leftHandIndex1 rightHandIndex1""".split()
@@ -94,6 +96,7 @@ def repair_head(labels):
     """
     components, _ = ndimage.label(labels == HEAD, np.ones((3, 3)))
     sizes = np.bincount(components[components > 0], minlength=1)
+    # stray[n]: component n has less than a fifth of the largest's pixels.
     stray = 5 * sizes < sizes.max()
     stray[0] = False                            # component 0 is everything but the head
     padded = np.pad(labels, 1, constant_values=IGNORE)
@@ -104,7 +107,8 @@ def repair_head(labels):
         unknown = inside == IGNORE
         neighbours = windows[unknown].reshape(-1, 9, 1)
         votes = (neighbours == np.arange(len(NAMES))).sum(axis=1)               # (pixels, 25)
-        votes[:, 1:] *= 10                      # one body part outvotes 8 x background
+        # 8 neighbours at most, so one vote for a part, times 10, beats 8 for the background.
+        votes[:, 1:] *= 10
         inside[unknown] = np.where(votes.any(axis=1), votes.argmax(axis=1), IGNORE)
     return inside
 
@@ -127,7 +131,9 @@ def crop_box(labels, margin):
     corner = []
     for line, length in zip((columns, rows), labels.shape[::-1]):
         centred = (line[0] + line[-1] + 1 - side) // 2
-        room = length - side                    # negative: the frame lies inside the square
+        # room: how far the square can move in the frame. Negative: the square is larger, and may
+        # only move as far as it still covers the frame.
+        room = length - side
         corner.append(int(np.clip(centred, min(0, room), max(0, room))))
     return *corner, side
 
@@ -173,6 +179,7 @@ def read_joints(path):
     """joints2D and joints3D of an info.mat side by side, (T, 24, 2 + 3) float32, pixels and metres.
     A clip of one frame has them squeezed, (2, 24) and (3, 24)."""
     mat = loadmat(str(path), variable_names=["joints2D", "joints3D"])
+    # atleast_3d gives a clip of one frame its third axis again: (2, 24) -> (2, 24, 1).
     both = [np.atleast_3d(mat[name]) for name in ("joints2D", "joints3D")]      # (2 or 3, 24, T)
     return np.concatenate(both).transpose(2, 1, 0).astype(np.float32)
 
@@ -187,6 +194,8 @@ def decode(path, times, length):
         decoder.thread_count = 1                # clips are decoded side by side already
         decoder.options = {"err_detect": "explode"}
         packets = [packet for packet in container.demux(video=0) if packet.size]
+        # Packets come in decoding order, hence sorted. The packet None, below, asks the decoder for
+        # the frames that it still holds.
         stamps = sorted(packet.pts for packet in packets)
         if len(stamps) != length:
             raise ValueError(f"different length: {len(stamps)} video frames, {length} of joints")
@@ -240,6 +249,8 @@ def read_poses(path):
     """A clip's poses (T, 72) float32 in metres, the pelvis at 0, and None or why it has none."""
     try:
         joints = read_joints(path)[:, :, 2:]
+        # clip: a broken file's huge numbers must not move the centres of pick. No joint is 9 m from
+        # the pelvis.
         return np.nan_to_num(joints - joints[:, :1]).clip(-9, 9).reshape(-1, 72), None
     except Exception as error:              # a broken file makes its reader stumble in any way
         return np.zeros((0, 72), np.float32), (
@@ -253,8 +264,8 @@ def pick(poses, wanted, how, clusters, rng):
     frames: 90 of clusters of 10, 50 and 60 are 10, 40 and 40. "cluster" takes the one cluster whose
     size is nearest to `wanted`.
     """
-    if not 0 < wanted < len(poses):
-        return np.arange(min(wanted, len(poses)))
+    if wanted >= len(poses):
+        return np.arange(len(poses))
     # Neighbouring frames are so alike that more than 200,000 poses would hardly move the centres.
     few = poses[rng.choice(len(poses), min(len(poses), 200_000), replace=False)]
     centres, _ = kmeans2(few, min(clusters, len(few)), iter=30, minit="++", rng=rng)
@@ -263,7 +274,9 @@ def pick(poses, wanted, how, clusters, rng):
     if how == "cluster":
         return min(sorted(members, key=len), key=lambda rows: abs(len(rows) - wanted))
     taken, missing = [], wanted
-    # Small clusters come first, so that the larger ones can give what these lack.
+    # Small clusters come first, so that the larger ones can give what these lack. share: what each
+    # cluster that is left has to give, so that all give the same. positions: places in the cluster,
+    # evenly apart; the first is drawn from the first of `count` equal stretches.
     for i, rows in enumerate(sorted(members, key=len)):
         share = missing // (len(members) - i)
         count = min(len(rows), share)
@@ -294,8 +307,8 @@ def find_clips(top):
 
 
 def select_clips(found, run, exclude):
-    """Takes the clips that no frame may come from out of `found`, {split: {clip: folder}}, and
-    returns rows of skipped.csv for them.
+    """Takes the clips that no frame may come from out of `found`, {split: {clip: folder}}, which is
+    changed in place: test loses its clips here. Returns rows of skipped.csv for them.
 
     Training keeps the network with the best score on val, so no clip of test may share poses with
     one of val. In SURREAL's run0, of 3,814 test clips 173 are in val as well, 268 are next to a val
@@ -325,18 +338,14 @@ def select_clips(found, run, exclude):
 
 
 def choose_clips(args, choice):
-    """What is stored of the choice of frames: chosen, [(split, folder, clip, [t, ...])]; skipped,
-    rows of skipped.csv; and clips, the number that there were. If `choice` is not empty, it is
-    returned as it is."""
-    if choice and not os.path.exists(args.raw):
+    """What is stored of the choice of frames: chosen, [(split, folder, clip, [t, ...])], and
+    skipped, rows of skipped.csv. An earlier `choice` that is not empty is returned as it is, or
+    else clips that arrived since would mix two choices."""
+    if choice:
+        print("the frames were chosen before: clips that came later are not among them; remove "
+              f"{args.out} to choose again")
         return choice
     clips = {split: find_clips(f"{args.raw}/{split}/run{args.run}") for split in SPLITS}
-    count = sum(map(len, clips.values()))
-    if choice:
-        if count > choice["clips"]:
-            print(f"{count - choice['clips']} clips came after the choice of frames and are not in "
-                  f"{args.out}: remove it to choose again")
-        return choice
     skipped = select_clips(clips, args.run, args.exclude)
     chosen = []
     for number, split in enumerate(SPLITS):
@@ -363,7 +372,7 @@ def choose_clips(args, choice):
             clip, t = frames[row]
             times[clip].append(t)
         chosen += [(split, folders[clip], clip, times[clip]) for clip in times]
-    return dict(chosen=chosen, skipped=skipped, clips=count)
+    return dict(chosen=chosen, skipped=skipped)
 
 
 # ------ The prepared folder
@@ -401,8 +410,7 @@ def write_json(path, content, indent=None):
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path(path).read_bytes())
 
 
 def sha256(name):
@@ -438,9 +446,14 @@ def check_settings(folder, settings):
 def prepare(args, settings):
     """Prepares the clips, or pictures, of `args` into args.out, or goes on with it. Raises Problem.
 
-    The choice of frames is stored, so that clips that arrive later do not mix two choices. While
-    there are clips that failed, .parts stays: the same command tries them again. Own pictures are
-    all written again, so that some can be added; each group stays in its split.
+    What the folder holds tells how far it is:
+        settings.json alone             frames are chosen
+        settings.json, .parts           frames are being written
+        classes.json, .parts            ready, but some clips failed: the command tries them again
+        classes.json without .parts     finished
+    Own pictures are all written again, so that some can be added; each group stays in its split.
+    Before that args.out/*/images and args.out/*/labels are emptied, so what a person put there by
+    hand is deleted as well.
     """
     out, parts = args.out, args.out / ".parts"
     note, done = out / "settings.json", out / "classes.json"
@@ -565,7 +578,7 @@ def group_of(frame):
     """SURREAL's sequence, 01_01 for 01_01_c0001_037 and ung_01_01_c0001_037: its neighbouring clips
     share half their poses. For other names, the name without the number of the frame: walk for
     walk_0001, walk-1 and walk0001. evaluate.py has the same rule."""
-    sequence = re.fullmatch(r"(?:ung_)?(\d{2,3}_\d{2})_c\d+_\d+", frame)
+    sequence = re.fullmatch(r"(?:ung_)?(\d{2,4}_\d{2})_c\d+_\d+", frame)
     return sequence[1] if sequence else re.sub(r"[-_. ]?\d+$", "", frame)
 
 
@@ -652,7 +665,7 @@ def read_pair(picture, mask, values):
         stored = stored.convert("L")
     if stored.mode not in ("L", "P"):
         raise ValueError(f"the mask has the mode {stored.mode}: masks are grey or palette PNGs of "
-                         "8 bit whose values are class ids, so give each colour the id of its class")
+                         "8 bit with class ids as values, so give each colour the id of its class")
     if stored.size != image.size:
         raise ValueError(f"the mask has {stored.size} pixels, its picture {image.size}, upright")
     indices = np.array(stored)                  # of a palette mask, not its colours
@@ -1528,15 +1541,22 @@ def synthesize(raw, clips, frames, seed, workers, backgrounds):
     list(in_parallel(make_clip, jobs, workers, "rendering the stand-in"))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, without the usage before them."""
+
+    def error(self, message):
+        self.exit(2, f"prepare_surreal.py: {message} (--help lists the options)\n")
+
+
 def parse(argv):
     """The options. Exits with status 2 where they are wrong, or do not go together."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    modes = parser.add_mutually_exclusive_group(required=True)
-    modes.add_argument("--raw", type=os.path.abspath,
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--raw", type=os.path.abspath,
                        help="SURREAL's folder of train, val and test, usually SURREAL/data/cmu")
-    modes.add_argument("--synthesize", action="store_true", help="render a stand-in into OUT-raw")
-    modes.add_argument("--images", type=os.path.abspath,
+    group.add_argument("--synthesize", action="store_true", help="render a stand-in into OUT-raw")
+    group.add_argument("--images", type=os.path.abspath,
                        help="your own pictures; folders in it are not entered")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     for name, modes, default, _, text in OPTIONS:
@@ -1549,8 +1569,8 @@ def parse(argv):
         value = getattr(args, name)
         if value != default and mode not in modes:
             parser.error(f"--{name} goes with {modes} alone")
-        if lowest is not None and not value >= lowest:      # nan is not either
-            parser.error(f"--{name} has to be {lowest} or more")
+        if lowest is not None and not lowest <= value < 2 ** 63:        # nan is not either
+            parser.error(f"--{name} has to be from {lowest} to less than 2 ** 63")
     args.values = args.values or list(range(len(args.names)))
     names = set(map(str.strip, args.names)) - {""}
     values = set(args.values) & set(range(256))
