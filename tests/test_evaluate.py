@@ -271,8 +271,9 @@ def test_own_data_needs_names_alone(tmp_path):
     assert (turned - exact).abs().mean() < 5
 
 
-def read_only(path, text, encoding):
-    raise PermissionError(13, "Permission denied", path)
+def disk_full(path, text, encoding):
+    path.write_bytes(b"{")
+    raise OSError(28, "No space left on device", path)
 
 
 def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, capsys, monkeypatch):
@@ -288,7 +289,7 @@ def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, caps
     monkeypatch.undo()
     write_own(tmp_path, "b.png")
     path.write_text(counted)
-    monkeypatch.setattr(evaluate.Path, "write_text", read_only)
+    monkeypatch.setattr(evaluate.Path, "write_text", disk_full)
     assert read_classes(tmp_path, count=True)["pixels"] == [512, 512, 512]
     assert "cannot be written" in capsys.readouterr().out and path.read_text() == counted
 
