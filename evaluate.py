@@ -70,6 +70,7 @@ def confusion_matrices(prediction, labels, K):
          [1, 1],       two pixels of class 1, one missed and one found
          [0, 1]]       row K: the ignored pixel
     """
+    # 255 becomes K, the number of the extra row that is cut off in the last line.
     row = labels.long().clamp(max=K)
     cells = (row * K + prediction).flatten(1)       # (B, H W)
     counts = [torch.bincount(image, minlength=(K + 1) * K) for image in cells]
@@ -113,6 +114,8 @@ def merge_classes(confusion, merge):
     merge: coarse name -> its ids. A left hand that was taken for left fingers is right when both
     are "left hand": the rows and the columns of a coarse class are added up.
     """
+    # Row m of belongs marks the ids of coarse class m: [0, 2] of K = 4 is 1 0 1 0. Multiplied from
+    # the left it adds rows, from the right columns.
     one_hot = np.eye(confusion.shape[-1], dtype=np.int64)
     belongs = np.stack([one_hot[ids].sum(0) for ids in merge.values()])     # (M, K) of 0 and 1
     return belongs @ confusion @ belongs.T
@@ -128,6 +131,8 @@ def bootstrap(confusions, other=None):
     """
     G = len(confusions)
     rng = np.random.default_rng(0)
+    # times_drawn[d, g]: how often draw d holds group g. Its product with the matrices of the groups
+    # is the matrix of each draw.
     times_drawn = rng.multinomial(G, [1 / G] * G, size=1000)        # (draws, G)
     times_drawn = times_drawn.astype(float)
     values = scores(np.tensordot(times_drawn, confusions, 1))       # of (draws, K, K) matrices
@@ -201,6 +206,7 @@ def evaluate_frames(predict, batches, groups, criterion=None):
         labels = batch["labels"]
         prediction, logits = predict(batch["images"], labels.shape[1:])
         matrices = confusion_matrices(prediction, labels, K).cpu().numpy()
+        # len(frame_miou) frames were counted before this batch.
         for group, matrix in zip(groups[len(frame_miou):], matrices):
             confusions[group] += matrix
         frame_miou.extend(scores(matrices)["miou"])
@@ -218,33 +224,42 @@ def check_classes(classes):
     K = len(names)
     if not isinstance(names, list) or not 2 <= K <= IGNORE:
         raise ValueError(f'"names" has to be a list of 2 to {IGNORE} names, from id 0 on')
-    expected = dict(        # the shape, and the range in which the largest number lies
-        palette=((K, 3), 2, 255),       # colours are not from 0 to 1
-        mirror=((K,), K - 1, K - 1),
-        mean=((3,), 0, 1),              # and these are not from 0 to 255
-        std=((3,), 0, 1),
+    # The shape, the lowest number, and the range of the largest one, which shows the unit: means of
+    # 0 to 255 and palettes of 0 to 1 are the usual mistakes. Images are divided by the std.
+    expected = dict(
+        palette=((K, 3), 0, 2, 255),
+        mirror=((K,), 0, K - 1, K - 1),
+        mean=((3,), 0, 0, 1),
+        std=((3,), 0.0001, 0, 1),
     )
-    for key, (shape, low, high) in expected.items():
+    for key, (shape, lowest, low, high) in expected.items():
         values = np.array(classes[key])
         numbers = np.issubdtype(values.dtype, np.number) and values.shape == shape
-        if not numbers or not low <= values.max() <= high:
-            raise ValueError(f'"{key}" has to be a list of shape {shape} whose largest number is '
-                             f"from {low} to {high}, not {str(classes[key])[:80]}")
-    mirror = classes["mirror"]
-    if [mirror[i] for i in mirror] != list(range(K)):
-        raise ValueError(f'"mirror" has to lead from left to right and back: {mirror}')
-    for ids in (*classes["groups"].values(), *classes["merge"].values()):
-        if max(ids) >= K:
-            raise ValueError(f'"groups" and "merge" have to have ids from 0 to {K - 1}')
+        if not numbers or values.min() < lowest or not low <= values.max() <= high:
+            raise ValueError(f'"{key}" has to be a list of shape {shape}, of numbers from {lowest} '
+                             f"whose largest is from {low} to {high}, not {str(classes[key])[:80]}")
+    if not isinstance(classes["size"], int):
+        raise ValueError(f'"size" has to be a whole number, not {classes["size"]!r}')
+    for key in ("mirror", "joint_mirror"):
+        mirror = classes[key] or []
+        # Mirrored twice, a picture is itself: the inverse, which argsort gives, is the mirror.
+        if np.argsort(mirror).tolist() != mirror:
+            raise ValueError(f'"{key}" has to lead from left to right and back: {mirror}')
+    known = set(range(K))
+    for key in ("groups", "merge"):
+        groups = classes[key]
+        if not isinstance(groups, dict) or not all(map(known.issuperset, groups.values())):
+            raise ValueError(f'"{key}" has to be like {{"arms": [1, 2]}} with ids from 0 to '
+                             f"{K - 1}, not {groups}")
 
 
 def read_classes(data, count=False):
     """The checked content of DATA/classes.json, with defaults for all but `names`.
 
     count: add size, pixels (K ints), mean and std (RGB, 0 to 1) of the train split. They are
-    counted on first use, and again when the number of frames has changed. Only counts of this
-    function and of prepare_surreal.py, which leaves its settings, are believed. Raises Problem for
-    a missing or unfinished folder and for wrong values.
+    counted on first use, and again when the classes, the number of frames or a label has changed.
+    A mean and std that the user wrote are kept, but pixels are believed only of this function and
+    of prepare_surreal.py. Raises Problem for a missing or unfinished folder and for wrong values.
     """
     path = Path(data) / "classes.json"
     if not path.is_file():
@@ -258,7 +273,7 @@ def read_classes(data, count=False):
         K = len(stored["names"])
         shades = np.linspace(0, 0.95, K)
         palette = colormaps["nipy_spectral"](shades, bytes=True)
-        classes = dict(
+        defaults = dict(
             palette=palette[:, :3].tolist(),
             mirror=list(range(K)),
             joint_mirror=None,
@@ -266,27 +281,36 @@ def read_classes(data, count=False):
             merge={},
             mean=[0.5] * 3,
             std=[0.25] * 3,
-            size=None,
+            size=0,     # the first picture's
             settings={},
             source=f"own data, {data}",
         )
-        classes |= stored
+        classes = defaults | stored
         check_classes(classes)
     except (ValueError, TypeError, LookupError) as error:
         raise Problem(f"{path} cannot be right: {error}") from error
+    # prepare_surreal.py leaves its settings, and has counted. The counts of own data hold for as
+    # many classes and frames, and for labels that were written at the same times.
     if count and not classes["settings"]:
         train = Split(data, "train", classes)
-        if classes.get("counted") != len(train.frames):
-            classes |= count_pixels(train)
+        times = map(os.path.getmtime, train.labels.values())
+        basis = [K, len(train.frames), sum(times)]
+        if stored.get("counts", {}).get("basis") != basis:
+            stored["counts"] = dict(basis=basis, **count_pixels(train))
+            beside = path.with_suffix(f".{os.getpid()}")    # torchrun's processes count at once
             try:
-                path.write_text(json.dumps(classes, indent=1), encoding="utf-8")
+                beside.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+                os.replace(beside, path)
             except OSError as error:
                 print(f"{path} cannot be written ({error.strerror}): its counts are not kept")
+        counts = stored["counts"]
+        classes = defaults | counts | stored
+        classes["pixels"] = counts["pixels"]
     return classes
 
 
 def count_pixels(split):
-    """Label pixels of each class (K ints), mean and std of RGB in 0..1, and what they rest on."""
+    """Their side, label pixels of each class (K ints), mean and std of RGB in 0..1."""
     K = len(split.classes["names"])
     count = len(split.frames)
     pixels = np.zeros(IGNORE + 1, np.int64)
@@ -307,7 +331,6 @@ def count_pixels(split):
         pixels=pixels,
         mean=mean.tolist(),
         std=np.sqrt(variance).tolist(),
-        counted=count,
     )
 
 
@@ -324,8 +347,13 @@ def composed(name):
 
 
 def frames_in(folder, endings=PICTURES):
-    """Frame name -> path of its picture."""
-    return {composed(path.stem): path for path in find_files(folder, endings=endings)}
+    """Frame name -> path of its picture. Raises Problem for a.jpg beside a.png."""
+    frames = {}
+    for path in find_files(folder, endings=endings):
+        first = frames.setdefault(composed(path.stem), path)
+        if first != path:
+            raise Problem(f"{first} and {path} have one name: rename or remove one")
+    return frames
 
 
 def group_of(frame):
@@ -333,21 +361,22 @@ def group_of(frame):
     share half their poses. For other names, the name without the number of the frame: walk for
     walk_0001, walk-1 and walk0001. prepare_surreal.py has the same rule, as it imports nothing from
     here."""
-    sequence = re.fullmatch(r"(?:ung_)?(\d{2,3}_\d{2})_c\d+_\d+", frame)
+    sequence = re.fullmatch(r"(?:ung_)?(\d{2,4}_\d{2})_c\d+_\d+", frame)
     return sequence[1] if sequence else re.sub(r"[-_. ]?\d+$", "", frame)
 
 
-def shared_groups(data):
-    """Sorted names of the groups that train shares with val or test, [] if none. (SURREAL's val and
+def shared_groups(data, splits=("val", "test")):
+    """Sorted names of the groups of these splits that train has too, [] if none. (SURREAL's val and
     test share sequences, of which they have different clips.)"""
-    groups = []
-    for split in ("train", "val", "test"):
+    groups = {}
+    for split in ("train", *splits):
         frames = frames_in(Path(data) / split / "images")
-        groups.append({group_of(frame) for frame in frames})
-    train, val, test = groups
-    if len(train | val | test) == 1:    # no videos: all pictures are called IMG, for example
+        groups[split] = {group_of(frame) for frame in frames}
+    train = groups.pop("train")
+    others = set().union(*groups.values())
+    if len(train | others) == 1:        # no videos: all pictures are called IMG, for example
         return []
-    return sorted(train & (val | test))
+    return sorted(train & others)
 
 
 def open_picture(path, side=None, size=None):
@@ -409,6 +438,9 @@ class Split(Dataset):
         if not known.keys() & self.images.keys():
             raise Problem(f"{path} has joints of no frame in {self.folder}/images")
         unknown = np.full_like(stored["joints"][0], np.nan)
+        mirror = self.classes["joint_mirror"] or unknown
+        if len(mirror) != len(unknown):
+            raise Problem(f'"joint_mirror" has {len(mirror)} entries, unlike the joints of {path}')
         return np.float32([known.get(frame, unknown) for frame in self.frames])
 
     def __getitem__(self, indices):
@@ -469,8 +501,10 @@ def reader_count(workers, device):
     """
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = os.cpu_count() // processes
-        return min(max(cores, 1), 16) if device.type == "cuda" else 1
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):        # a scheduler may have left it fewer
+            cores = len(os.sched_getaffinity(0))
+        return min(max(cores // processes, 1), 16) if device.type == "cuda" else 1
     if workers < 0:
         raise Problem(f"--workers has to be 0 or more, not {workers}")
     return workers
@@ -486,6 +520,7 @@ def normalise(images, classes, memory_format=torch.channels_last):
     moments = torch.tensor([classes["mean"], classes["std"]])
     moments = moments.to(images.device, non_blocking=True)
     mean, std = moments.view(2, 1, 3, 1, 1)
+    # -mean / std + x / (255 std) = (x / 255 - mean) / std
     normalised = torch.addcmul(-mean / std, images, 1 / (255 * std))
     return normalised.contiguous(memory_format=memory_format)
 
@@ -549,7 +584,7 @@ def report_text(runs, per_class=True):
         markdown([*zip(titles, *cells)]),
         "+-: half the 95 % interval over the choice of groups, not of the training seed.",
     ]
-    shared = shared_groups(split.folder.parent)
+    shared = shared_groups(split.folder.parent, [split.folder.name])
     if shared:
         lines.append(f"{len(shared)} groups are in train too, {shared[0]} for example, so these "
                      "figures are too good for new data.")
@@ -718,14 +753,16 @@ def layout(network, device, precision):
     """
     if device.type != "cpu":
         return torch.channels_last
-    slow = wrong = False
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            channels = module.in_channels
-            slow |= module.kernel_size == (7, 7) and channels > 3
-            wrong |= module.dilation > (1, 1) and channels > 16 and channels % 16 > 0
-    slow &= precision == "fp32" and not cpu_has("avx512_f")
-    wrong &= precision == "bf16"
+    has_7x7 = has_odd_dilated = False
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            channels = layer.in_channels
+            if layer.kernel_size == (7, 7) and channels > 3:
+                has_7x7 = True
+            if layer.dilation > (1, 1) and channels > 16 and channels % 16 > 0:
+                has_odd_dilated = True
+    slow = has_7x7 and precision == "fp32" and not cpu_has("avx512_f")
+    wrong = has_odd_dilated and precision == "bf16"
     return torch.contiguous_format if slow or wrong else torch.channels_last
 
 
@@ -783,8 +820,10 @@ def measure(path, split, data=None, device="auto", precision="auto", batch_size=
     chunks = BatchSampler(range(len(frames.frames)), batch_size, drop_last=False)
     workers = reader_count(workers, predict.device)
     batches = reader(frames, chunks, workers, predict.device)
+    # codes: the group of each frame as 0, 1, 2 ... Above 1,000 groups, group 1,000 is drawn
+    # together with group 0: a thousand matrices take 180 MB for 150 classes, and the intervals are
+    # alike.
     _, codes = np.unique(frames.groups, return_inverse=True)
-    # Thousands of groups share a thousand matrices: 180 MB for 150 classes, alike intervals.
     confusions, frame_miou, _ = evaluate_frames(predict, batches, codes % 1000)
     return dict(
         name=str(path.with_suffix("")),
@@ -859,7 +898,7 @@ def build_parser():
         help="checkpoints, several are compared; of a folder, its newest best.pt is taken")
     add("--images", nargs="+", metavar="PATH", help="pictures or folders to segment")
     add("--data", metavar="DIR", help="prepared folder, if not the one trained on")
-    add("--split", choices=("train", "val", "test"), default="test", help="frames to measure on")
+    add("--split", choices=("train", "val", "test"), help="frames to measure on; without it, test")
     add("--per-class", action="store_true", help="print the figures of every class too")
     add("--out", metavar="DIR", help="folder for results, if not beside the checkpoint or in runs/")
     return parser
@@ -868,6 +907,10 @@ def build_parser():
 def main(argv=None):
     """Returns the exit status, or raises what run_command explains."""
     args = build_parser().parse_args(argv)
+    if args.images and (args.data or args.split or args.per_class):
+        raise Problem("--images measures nothing: leave --data, --split and --per-class out")
+    reader_count(args.workers, torch.device("cpu"))     # refuses a negative number
+    split = args.split or "test"
     paths = [find_checkpoint(path) for path in args.ckpt or ["runs"]]
     machine = (args.device, args.precision)
     if args.images:
@@ -876,12 +919,13 @@ def main(argv=None):
         files = find_pictures(args.images)
         predict = Predictor(*load_checkpoint(paths[0]), *pick_device(*machine))
         return segment(predict, files, args.out or "runs/pictures")
+    folders = {Path(load_checkpoint(path)[0]["settings"]["data"]) for path in paths}
+    if len(folders) > 1 and not args.data:
+        raise Problem("these networks were trained on different data: choose one with --data")
     runs = []
     for path in paths:
-        runs.append(measure(path, args.split, args.data, *machine, workers=args.workers))
-    if len({run["split"].folder for run in runs}) > 1:
-        raise Problem("these networks were trained on different data: choose one with --data")
-    beside = paths[0].parent / args.split if len(runs) == 1 else "runs/comparison"
+        runs.append(measure(path, split, args.data, *machine, workers=args.workers))
+    beside = paths[0].parent / split if len(runs) == 1 else "runs/comparison"
     out = Path(args.out or beside)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(report_text(runs), encoding="utf-8")

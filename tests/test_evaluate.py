@@ -190,6 +190,8 @@ def test_results_do_not_depend_on_batches_or_workers(data, run):
 
 @pytest.mark.parametrize("frames, groups", [
     (["01_01_c0001_037", "ung_01_01_c0002_001", "104_02_c0001_001"], ["01_01", "01_01", "104_02"]),
+    (["1200_03_c0001_001", "1200_03_c0002_001", "ung_1200_04_c0001_001"],
+     ["1200_03", "1200_03", "1200_04"]),
     (["walk_0001", "walk_0002", "run_001"], ["walk", "walk", "run"]),
     (["walk0001", "walk-2001", "run 001"], ["walk", "walk", "run"]),
     (["NAME_001", "NAME_002", "NAME_003"], ["NAME_001", "NAME_002", "NAME_003"])])
@@ -202,8 +204,17 @@ def test_frames_of_a_video_are_one_group(tmp_path, frames, groups):
     write_own(tmp_path, f"{frames[0][:-3]}100.png", split="test")
     shared = groups[:1] if len(set(groups)) == 2 else []
     assert evaluate.shared_groups(tmp_path) == shared
+    for split, found in dict(train=[], val=[], test=shared).items():
+        assert evaluate.shared_groups(tmp_path, [split]) == found
     (tmp_path / "train").rename(tmp_path / "val")           # val and test may share
     assert evaluate.shared_groups(tmp_path) == []
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path):
+    for name in ("a.jpg", "a.png"):
+        write_own(tmp_path, name)
+    with pytest.raises(Problem, match="images/a.jpg and .*images/a.png"):
+        Split(tmp_path, "train", read_classes(tmp_path))
 
 
 def test_split_loads_what_is_stored(data):
@@ -260,8 +271,9 @@ def test_own_data_needs_names_alone(tmp_path):
     assert (turned - exact).abs().mean() < 5
 
 
-def read_only(path, text, encoding):
-    raise PermissionError(13, "Permission denied", path)
+def disk_full(path, text, encoding):
+    path.write_bytes(b"{")
+    raise OSError(28, "No space left on device", path)
 
 
 def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, capsys, monkeypatch):
@@ -270,15 +282,44 @@ def test_own_counts_are_kept_and_those_of_others_are_not_believed(tmp_path, caps
     path.write_text('{"names": ["sky", "cat", "dog"], "pixels": [9, 9, 9]}')
     classes = read_classes(tmp_path, count=True)
     assert classes["pixels"] == [256, 256, 256]
+    assert sorted(os.listdir(tmp_path)) == ["classes.json", "train"]
     counted = path.read_text()
     monkeypatch.setattr(evaluate, "count_pixels", None)
     assert read_classes(tmp_path, count=True) == classes        # nothing is counted again
     monkeypatch.undo()
     write_own(tmp_path, "b.png")
     path.write_text(counted)
-    monkeypatch.setattr(evaluate.Path, "write_text", read_only)
+    monkeypatch.setattr(evaluate.Path, "write_text", disk_full)
     assert read_classes(tmp_path, count=True)["pixels"] == [512, 512, 512]
     assert "cannot be written" in capsys.readouterr().out and path.read_text() == counted
+
+
+def test_what_the_user_wrote_is_kept(tmp_path):
+    write_own(tmp_path, "a.png")
+    path = tmp_path / "classes.json"
+    own = dict(names=["sky", "cat", "dog"], mean=[0.1, 0.2, 0.3], groups={"pets": [1, 2]})
+    path.write_text(json.dumps(own))
+    classes = read_classes(tmp_path, count=True)
+    assert classes["mean"] == own["mean"]
+    assert same(classes["std"], GOOD.std() / 255)
+    stored = json.loads(path.read_text())
+    del stored["counts"]
+    assert stored == own
+
+
+def test_corrected_labels_and_added_classes_are_counted_again(tmp_path):
+    write_own(tmp_path, "a.png")
+    read_classes(tmp_path, count=True)
+    path = tmp_path / "train/labels/a.png"
+    Image.fromarray(np.where(GOOD == 2, 1, GOOD)).save(path)
+    os.utime(path, (1000, 1000))                # older than before, out of an archive
+    assert read_classes(tmp_path, count=True)["pixels"] == [256, 512, 0]
+    path = tmp_path / "classes.json"
+    stored = json.loads(path.read_text())
+    stored["names"].append("bird")
+    path.write_text(json.dumps(stored))
+    classes = read_classes(tmp_path, count=True)
+    assert classes["pixels"] == [256, 512, 0, 0] and classes["mirror"] == [0, 1, 2, 3]
 
 
 def test_accents_may_be_stored_in_two_ways(tmp_path):
@@ -293,6 +334,9 @@ def test_accents_may_be_stored_in_two_ways(tmp_path):
     np.savez(tmp_path / "train/joints", frames=["other"], joints=np.ones((1, 2, 2)))
     with pytest.raises(Problem, match="joints.npz .* no frame"):
         Split(tmp_path, "train", read_classes(tmp_path))
+    np.savez(tmp_path / "train/joints", frames=[apart], joints=np.ones((1, 2, 2)))
+    with pytest.raises(Problem, match="joint_mirror.* 3 entries.*joints.npz"):
+        Split(tmp_path, "train", read_classes(tmp_path) | dict(joint_mirror=[0, 2, 1]))
 
 
 @pytest.mark.parametrize("label, words", [
@@ -315,7 +359,12 @@ def test_bad_labels_are_named(label, words, tmp_path):
 @pytest.mark.parametrize("entry, words", [
     ('"mean": [120, 110, 100]', "mean;to 1"),
     ('"std": [60, 60, 60]', "std;to 1"),
+    ('"std": [0.2, 0, 0.2]', "std;[0.2, 0, 0.2]"),
+    ('"std": [0.2, -0.1, 0.2]', "std;-0.1"),
+    ('"size": "64"', "size;'64'"),
     ('"mirror": [1, 2, 0]', "mirror;back"),
+    ('"joint_mirror": [1, 2, 0]', "joint_mirror;back"),
+    ('"joint_mirror": [1, 2]', "joint_mirror;back"),
     ('"mirror": [0, 1]', "mirror;(3,)"),
     ('"mirror": [[1, 2]]', "mirror;(3,)"),
     ('"mirror": ["sky", "dog", "cat"]', "mirror;dog"),
@@ -328,6 +377,9 @@ def test_bad_labels_are_named(label, words, tmp_path):
     ('"names": ["sky"]', "names;2"),
     (f'"names": {json.dumps([str(i) for i in range(256)])}', "names;255"),
     ('"merge": {"animal": [1, 3]}', "merge;0 to 2"),
+    ('"merge": {"animal": [1, -1]}', "merge;0 to 2"),
+    ('"merge": null', "merge;None"),
+    ('"groups": [[0]]', "groups;[[0]]"),
     ('"mirror": [0, 2, 1', "line 2;column"),
     ('"title": "\udce9"', "utf-8")])
 def test_classes_are_checked_where_they_are_read(entry, words, tmp_path):
@@ -395,10 +447,14 @@ def test_cards_before_ampere_compute_in_fp16(capability, picked, monkeypatch):
     (0, "cuda", 1, 12, 0),
     (5, "cpu", 1, 12, 5)])
 def test_a_gpu_is_fed_by_every_core(workers, device, processes, cores, count, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "cpu_count", lambda: 500)       # of which a scheduler leaves `cores`
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert evaluate.reader_count(workers, torch.device(device)) == count
+    monkeypatch.delattr(os, "sched_getaffinity")            # as on macOS and Windows
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert evaluate.reader_count(workers, torch.device(device)) == count
 
 
@@ -424,7 +480,8 @@ def test_readers_can_stay_alive(data):
 # ---- The command
 
 def test_a_report_worked_by_hand(monkeypatch):
-    monkeypatch.setattr(evaluate, "shared_groups", lambda data: ["walk", "run"])
+    shared = {"test": ["walk", "run"]}
+    monkeypatch.setattr(evaluate, "shared_groups", lambda data, splits: shared[splits[0]])
     confusion = [[9, 1, 0, 0],
                  [0, 5, 3, 0],
                  [1, 1, 6, 0],
@@ -552,6 +609,7 @@ def test_wrong_use_gets_one_sentence(run, tmp_path, capsys, monkeypatch):
     elsewhere = save(tmp_path / "elsewhere.pt", alike)
     broken = alike / "train/images/train_c0001_001.jpg"
     broken.write_bytes(broken.read_bytes()[:600])
+    (tmp_path / "bad.pt").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     cases = {
         "": "runs;train.py",
@@ -560,11 +618,14 @@ def test_wrong_use_gets_one_sentence(run, tmp_path, capsys, monkeypatch):
         f"{run} --data {alike} --split train --workers 1": f"{broken}",
         f"{run} --data {other} --split train": f"{other};other classes",
         f"{run} --data {alike}": "no split 'test'",
-        f"{run} {elsewhere} --split val": "different data;--data",
+        f"{run} {elsewhere} --split train": "different data;--data",       # before it is broken
         f"{run} --split all": "all",
-        f"{run} --workers -1": "--workers;0 or more",
+        f"{tmp_path}/bad.pt --workers -1": "--workers;0 or more",
         f"{run} --device toaster": "--device toaster",
         f"{run} {run} --images {broken}": "one --ckpt",
+        f"{run} --images {broken} --data {alike}": "--images;--data",
+        f"{run} --images {broken} --split test": "--images;--split",
+        f"{run} --images {broken} --per-class": "--images;--per-class",
         f"{run} --images nowhere.jpg {tmp_path}/empty": "nowhere.jpg;no picture"}
     for argv, words in cases.items():
         status, _, complaint = command(capsys, "--ckpt", *argv.split())

@@ -23,10 +23,19 @@ def draw(rng, size, classes):
     return label, joints
 
 
+def write_frame(folder, frame, image, label):
+    """Writes float image (size, size, 3) and label as folder/images/FRAME.jpg, labels/FRAME.png."""
+    image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+    image.save(folder / f"images/{frame}.jpg", quality=95)
+    stored = Image.fromarray(label)
+    stored.putpalette(np.ravel(PALETTE).tolist())
+    stored.save(folder / f"labels/{frame}.png")
+
+
 def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), frames_per_clip=3,
                    seed=0, joints=True, names=NAMES, groups=GROUPS):
-    """Writes a prepared folder (DESIGN, section 3) of `frames` frames a split and returns its path.
-    Images are the labels' colours plus a little noise."""
+    """Writes a prepared folder of `frames` frames a split, as prepare_surreal.py writes it, and
+    returns its path. Images are the labels' colours plus a little noise."""
     folder = Path(folder)
     rng = np.random.default_rng(seed)
     K = len(names)
@@ -41,20 +50,16 @@ def write_prepared(folder, frames=12, size=64, splits=("train", "val", "test"), 
             frame = f"{split}_c{clip + 1:04d}_{number + 1:03d}"
             label, known[frame] = draw(rng, size, K)
             noisy = palette[label] + rng.normal(0, 4, (size, size, 3))
-            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-            image.save(folder / f"{split}/images/{frame}.jpg", quality=95)
-            stored = Image.fromarray(label)
-            stored.putpalette(np.ravel(PALETTE).tolist())
-            stored.save(folder / f"{split}/labels/{frame}.png")
+            write_frame(folder / split, frame, noisy, label)
             if split == "train":
                 pixels += np.bincount(label.ravel(), minlength=K)
         if joints:
             np.savez(folder / split / "joints.npz", frames=[*known], joints=[*known.values()])
-    mirror = MIRROR[:K] if names == NAMES[:K] else list(range(K))
+    mirror = MIRROR if names == NAMES[:K] else list(range(25))      # of 24 joints, from 1 on
     classes = dict(
         names=list(names),
         palette=palette.tolist(),
-        mirror=mirror,
+        mirror=mirror[:K],
         groups={name: ids for name, ids in groups.items() if max(ids) < K},
         joint_mirror=[part - 1 for part in mirror[1:]] if joints else None,
         pixels=pixels.tolist(),
