@@ -32,11 +32,6 @@ import evaluate
 from evaluate import IGNORE, MODELS, Predictor, Problem, Split
 from hourglass import NAMES
 
-try:
-    import fcntl                # Windows has none, and no lock on a run's folder
-except ImportError:
-    fcntl = None
-
 
 # ---- Class weights and the loss (paper, Section 3.1)
 
@@ -46,8 +41,7 @@ def class_weights(pixels, scheme):
     pixels: (K,) float64, label pixels C of each of the K classes in the train split, all above 0.
     scheme: "none" = 1; "w1" = 1 - C / sum(C); "w2" = B exp(-(B - mean B) / (4 std B)) with
         B = max(C) / C and the population's std, scaled so that the largest weight is 1.
-    Returns (K,) float32. In the paper's data w1 weighs the background's pixels an eighth of the
-    others', w2 a toe's pixels 700 times the background's.
+    Returns (K,) float32. In the paper's data w2 weighs a toe's pixel 700 times the background's.
     """
     if scheme == "none":
         return torch.ones_like(pixels).float()
@@ -58,7 +52,6 @@ def class_weights(pixels, scheme):
     # B alone would give every class the same share of the loss. The exponential takes up to two
     # thirds of it from the rarest classes, whose labels are least exact; the paper gives no reason.
     weights = rarity * torch.exp(-(rarity - rarity.mean()) / (4 * std))
-    # Scaled, an average pixel of the paper's data weighs 1/40, and so does SGD's step at a rate.
     return (weights / weights.max()).float()        # unscaled, SGD at 0.01 diverges
 
 
@@ -257,8 +250,7 @@ def train(args, run_dir, checkpoint=None):
     warn(classes, args.data)
     measured = validation_readers(args, classes, workers, device)
 
-    # 3. Network, loss and optimiser. In fp16 small gradients would become 0, so the loss is
-    # multiplied by a scale that adapts.
+    # 3. Network, loss and optimiser; in fp16, a scale of the loss keeps small gradients above 0.
     torch.manual_seed(args.seed)
     network, kwargs = build_network(args, classes)
     criterion = Criterion(classes, args.weighting, device)
@@ -573,6 +565,10 @@ def distribute(network, device):
 def claim(run_dir, may_exist):
     """Makes the run's folder and returns a file whose lock ends with this process, or when it is
     closed. Raises Problem where another process works in the folder, or made it first."""
+    try:
+        import fcntl
+    except ImportError:                                     # Windows has none, and no lock then
+        fcntl = None
     try:
         run_dir.mkdir(parents=True, exist_ok=may_exist)
         lock = open(run_dir / "lock", "w")
