@@ -88,6 +88,21 @@ def build(model, options, batch, device, precision, ours, compiled=False):
     return infer, step
 
 
+def flops(step):
+    """Floating-point operations of a training step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak(step):
+    """Bytes of the GPU that a training step needs at most, with its network."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
 def networks(options):
     """Images/s of the networks, plain and ours; on a GPU also compiled, its memory and its use,
     and the hours of the paper's steps, bound by compute or by reading."""
@@ -122,15 +137,10 @@ def networks(options):
         row["hours: compute"] = f"{images * fastest / batch / 3600:.1f}"
         row["hours: reading"] = f"{images / reading_rate / 3600:.1f}"
         if cuda:
-            with FlopCounterMode(display=False) as flops:
-                ways["plain"][1]()
-            row["share of the matrix rate"] = f"{flops.get_total_flops() / fastest / rate:.0%}"
-            ours = ways["ours"]
+            row["share of the matrix rate"] = f"{flops(ways['plain'][1]) / fastest / rate:.0%}"
+            step = ways["ours"][1]
             ways.clear()                                    # frees the others before it counts
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            ours[1]()
-            row["peak GiB"] = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"
+            row["peak GiB"] = f"{peak(step) / 2 ** 30:.1f}"
         rows.append(row)
     table = evaluate.markdown([rows[0], *(row.values() for row in rows)])
     print(f"\n### Networks at {SIZE}x{SIZE}, images/s: plain (float32, NCHW), ours ({precision}), "
