@@ -15,7 +15,7 @@ ROOT = Path(train.__file__).parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```\w+\n(.*?)```", TEXT, re.S)
 COMMANDS = []
-for line in "\n".join(CODE).splitlines():
+for line in "\n".join(CODE).replace("\\\n", " ").splitlines():
     for part in line.split("  #")[0].split("&&"):
         if re.match(" *(python|torchrun) ", part):
             COMMANDS.append(part.strip())
