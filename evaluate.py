@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colormaps, figure, patches
 from PIL import Image, ImageOps
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
@@ -755,7 +756,7 @@ def layout(network, device, precision):
         return torch.channels_last
     has_7x7 = has_odd_dilated = False
     for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):
+        if isinstance(layer, nn.Conv2d):
             channels = layer.in_channels
             if layer.kernel_size == (7, 7) and channels > 3:
                 has_7x7 = True
@@ -805,10 +806,35 @@ def load_checkpoint(path):
     return checkpoint, network.eval()
 
 
+def fold_batch_norms(network):
+    """Merges each batch normalisation of an eval() network into the convolution before it.
+
+    Evaluation subtracts a channel's stored mean, divides by its deviation, multiplies and adds: two
+    constants a and b with a * x + b. A convolution whose kernels are multiplied by a, and whose
+    bias is b, gives the same, up to rounding, and saves a pass over the map.
+    """
+    for block in network.modules():
+        if not isinstance(block, nn.Sequential):
+            continue
+        for place in range(len(block) - 1):
+            conv = block[place]
+            norm = block[place + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                block[place] = nn.utils.fuse_conv_bn_eval(conv, norm)
+                block[place + 1] = nn.Identity()
+
+
+def load_predictor(path, device, precision):
+    """A Predictor with the checkpoint's network, made faster. Raises Problem."""
+    checkpoint, network = load_checkpoint(path)
+    fold_batch_norms(network)
+    return Predictor(checkpoint, network, *pick_device(device, precision))
+
+
 def measure(path, split, data=None, device="auto", precision="auto", batch_size=None, workers=None):
     """One checkpoint on one split: what reports and pictures need, as a dict."""
     path = Path(path)
-    predict = Predictor(*load_checkpoint(path), *pick_device(device, precision))
+    predict = load_predictor(path, device, precision)
     data = data or predict.settings["data"]
     classes = read_classes(data)
     if classes["names"] != predict.classes["names"]:
@@ -917,7 +943,7 @@ def main(argv=None):
         if len(paths) > 1:
             raise Problem("--images takes one --ckpt")
         files = find_pictures(args.images)
-        predict = Predictor(*load_checkpoint(paths[0]), *pick_device(*machine))
+        predict = load_predictor(paths[0], *machine)
         return segment(predict, files, args.out or "runs/pictures")
     folders = {Path(load_checkpoint(path)[0]["settings"]["data"]) for path in paths}
     if len(folders) > 1 and not args.data:

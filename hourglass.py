@@ -148,6 +148,12 @@ class HourglassModule(nn.Module):
             + self.reinject_prediction(prediction))
 
 
+def enlarge(logits, factor):
+    """Bilinear, (B, K, H, W) of any float dtype -> (B, K, factor * H, factor * W) float32, because
+    the gradient of a bf16 map is slow on CUDA."""
+    return F.interpolate(logits.float(), scale_factor=factor, mode="bilinear")
+
+
 def stack_modules(channels, counts):
     """A module for each of `counts`, the number of channels that it predicts."""
     return nn.ModuleList(
@@ -160,7 +166,8 @@ def stack_modules(channels, counts):
 class StackedHourglass(nn.Module):
     """Evaluation: (B, 3, H, W) normalised images -> (B, K, H, W) float32 logits, the last module's.
 
-    Training: -> a list of each module's float32 logits, at full size, and a list of heat maps.
+    Training: -> a list of each module's float32 logits, at half the image's size
+    (stem_stride 4) or at all of it, and a list of heat maps.
     width: factor on `features`, the channels of a module; the stem's grow with them.
     stem_stride: 1 or 4: the modules work at 1 or 1/4 of the image's height and width. An image of
         320x320 then costs 349 or 23 billion multiply-adds.
@@ -208,8 +215,6 @@ class StackedHourglass(nn.Module):
             levels = list(LEVELS)
             names = [levels[round(s * 3 / (stacks - 1))] for s in range(stacks - 1)] + ["parts"]
             counts = [1 + len(LEVELS[name]) for name in names]
-        # In float32: in bf16, the gradient of a bilinear enlargement is slow on CUDA.
-        self.enlarge = nn.Upsample(scale_factor=stem_stride, mode="bilinear")
         self.stack = stack_modules(C, counts)
         if coarse_to_fine:
             for module, name in zip(self.stack, names):
@@ -232,9 +237,14 @@ class StackedHourglass(nn.Module):
                 for joint_module in self.joint_stack:
                     heat, y = joint_module(y)               # (B, J, H/stride, W/stride)
                     maps.append(heat)
-        if self.training:       # H and W are multiples of 32: nothing has to be cropped
-            return [self.enlarge(logits.float()) for logits in outputs], maps
-        return self.enlarge(logits.float())[..., :H, :W]    # (B, K, H, W)
+        if self.training:
+            # Modules at a quarter of the size: the loss at half of it costs a quarter of what it
+            # costs at full size. At a quarter, the network would not learn where within its 4x4
+            # pixels a part ends (README, "Speed").
+            factor = min(self.stem_stride, 2)
+            return [enlarge(logits, factor) for logits in outputs], maps    # (B, K, H/2, W/2)
+        # Where H or W is no multiple of 4, there is too much at the right or below.
+        return enlarge(logits, self.stem_stride)[..., :H, :W]       # (B, K, H, W)
 
     @property
     def heads(self):

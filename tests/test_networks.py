@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
 import tiny
 from hourglass import StackedHourglass
 from icnet import ICNet
@@ -131,6 +132,20 @@ def test_it_learns_one_batch_and_bf16_agrees(name):
     assert last < (0.5 if frozen else 0.2) * first
     if "hourglass" in name:
         assert rest < 0.5 * first_rest                      # the other module's, and the branch's
+
+
+@pytest.mark.parametrize("name, left", [
+    ("segnet", 0), ("segnet vgg16", 0), ("icnet", 0), ("hourglass", 93)])
+def test_folded_batch_normalisations_compute_the_same(name, left):
+    """The hourglass has most of its BNs before a convolution, where they cannot be folded."""
+    model = build(name)
+    images, _ = make_batch()
+    model(images)                                           # the BNs' statistics are no 0 and 1
+    model.eval()
+    expected = model(images)
+    evaluate.fold_batch_norms(model)
+    torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == left
 
 
 @pytest.mark.parametrize("name", ("segnet", "segnet vgg16", "icnet", "hourglass", "hourglass full"))
