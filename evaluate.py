@@ -202,7 +202,7 @@ def evaluate_frames(predict, batches, groups, criterion=None):
     confusions = np.zeros((max(groups) + 1, K, K), np.int64)
     frame_miou = []
     loss = np.zeros(2)      # sum and count
-    for batch in tqdm(batches, unit="batch", disable=None, leave=False):
+    for batch in progress(iterable=batches, unit=" batches", leave=False):
         batch = to_device(batch, predict.device)
         labels = batch["labels"]
         prediction, logits = predict(batch["images"], labels.shape[1:])
@@ -316,7 +316,7 @@ def count_pixels(split):
     count = len(split.frames)
     pixels = np.zeros(IGNORE + 1, np.int64)
     mean, square = np.zeros((2, 3))
-    for frame in tqdm(split.frames, "counting labels", disable=None):
+    for frame in progress(iterable=split.frames, desc="counting labels: "):
         image, label = split.load_frame(frame)
         values = image.reshape(-1, 3) / 255
         mean += values.mean(0) / count
@@ -526,7 +526,15 @@ def normalise(images, classes, memory_format=torch.channels_last):
     return normalised.contiguous(memory_format=memory_format)
 
 
-# ---- Tables
+# ---- Progress and tables
+
+def progress(**settings):
+    """tqdm(**settings): a bar on a terminal; elsewhere, in a log file, a line every 20 seconds."""
+    if not sys.stderr.isatty():
+        line = "{desc}{n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}\n"
+        settings |= dict(file=sys.stdout, mininterval=20, delay=20, miniters=1, bar_format=line)
+    return tqdm(**settings)
+
 
 def percent(value, half=np.nan, digits=1):
     """0.4512, 0.003 -> "45.1 +- 0.3"; "-" for what is unknown."""

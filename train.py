@@ -598,13 +598,10 @@ class StopRequest:
 
 
 def progress_bar(args, start, rank):
-    """Images done, images/s and time left: a bar on a terminal, else a line every 20 seconds."""
-    look = {}
-    if not sys.stderr.isatty():
-        line = "{n_fmt} of {total_fmt} images, {rate_fmt}, {remaining} left{postfix}\n"
-        look = dict(file=sys.stdout, mininterval=20, miniters=1, bar_format=line)
-    return tqdm(total=args.iterations * args.batch_size, initial=start * args.batch_size,
-                unit=" images", disable=rank > 0, **look)
+    """Images done, images/s and time left of the whole run; the caller adds step and loss."""
+    total = args.iterations * args.batch_size
+    done = start * args.batch_size
+    return evaluate.progress(total=total, initial=done, unit=" images", disable=rank > 0)
 
 
 # ---- The study (paper, Section 3.1, and for the hourglass 4.1.3)
