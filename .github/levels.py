@@ -1,6 +1,6 @@
 """Draws levels.png: what coarse-to-fine modules learn of a frame, and both kinds of joints.
 
-    python .github/levels.py data/standin 208_08_c0003_001
+    python .github/levels.py data/standin 201_01_c0004_001
 """
 import sys
 from pathlib import Path

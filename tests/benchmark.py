@@ -169,6 +169,7 @@ def onnx(options):
             session = onnxruntime.InferenceSession(f"{folder}/x.onnx", settings)
         name = session.get_inputs()[0].name
         known = dict(classes=CLASSES, settings={}, logit_weights=None)
+        evaluate.fold_batch_norms(network)                  # as evaluate.py does, and the runtime
         predict = evaluate.Predictor(known, network, cpu, "fp32")
 
         def runtime():
