@@ -58,6 +58,9 @@ def test_enlarging_is_bilinear_and_each_module_corrects_the_one_before():
     model = build(features=64).eval()
     enlarged = hourglass.enlarge(torch.tensor([0., 4]).expand(1, 1, 2, 2), 4)
     assert enlarged[0, 0, 0].tolist() == [0, 0, 0.5, 1.5, 2.5, 3.5, 4, 4]
+    full = StackedHourglass(stacks=1, features=8, stem_stride=1)
+    logits, _ = full(torch.randn(2, 3, 32, 32))
+    assert logits[0].shape == (2, 25, 32, 32)               # at stride 1, nothing is enlarged
     module = model.stack[0]
     x = torch.randn(1, 64, 16, 16)
     prediction, following = module(x)
