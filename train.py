@@ -513,15 +513,84 @@ def build_network(args, classes):
     return MODELS[args.model](**kwargs), kwargs
 
 
+def orthogonal(matrix):
+    """(R, C) float32 -> about U V', where the matrix is U S V': all singular values about 1.
+
+    X, the matrix divided by its norm, has S of 0 to 1. (a + b XX' + c (XX')^2) X is U p(S) V' with
+    p(s) = a s + b s^3 + c s^5: U and V stay. Five times p, with the a, b, c of Muon's author,
+    brings 0.002 to 1 to between 0.68 and 1.21; less grows up to 485 times, and 0 stays 0.
+
+    The bracket is an R x R matrix and X is wider, so the five brackets are multiplied first and X
+    once. All of them are polynomials of the first XX', so their order does not matter.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    X = matrix / (matrix.norm() + 1e-7)
+    square = X @ X.T                                        # (R, R)
+    product = torch.eye(len(square), device=square.device)
+    for _ in range(5):
+        factor = torch.addmm(square, square, square, beta=b, alpha=c)       # b XX' + c (XX')^2
+        factor.diagonal().add_(a)
+        product = factor @ product
+        square = factor @ square @ factor                   # XX' of the next X, factor @ X
+    return product @ X
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for the first parameter group, whose kernels move by orthogonal momentum.
+
+    A kernel is a matrix, outputs by (inputs x height x width), and a few directions dominate its
+    gradient. Steps that are as long in all of them learn from the rare ones too. In a quick run the
+    hourglass came further in 2,250 steps (27.7 % mIoU) than with AdamW in 4,500 (26.9 %).
+    Jordan et al., kellerjordan.github.io/posts/muon; they leave the last layer to AdamW.
+    torch.optim.Muon takes 2-D parameters alone.
+    """
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, lr=lr, fused=True)
+        # Else a GradScaler hands on gradients times its scale, inf included, for the fused kernel
+        # to divide (findings/fused-optimiser-scaled-gradients.sh).
+        self._step_supports_amp_scaling = False
+
+    def __setstate__(self, state):                          # when a run goes on
+        torch.optim.Optimizer.__setstate__(self, state)     # AdamW's wants a "step" of kernels too
+
+    @torch.no_grad()
+    def step(self):
+        kernels = self.param_groups[0]
+        rate = kernels["lr"]
+        for p in kernels["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum = state["momentum"].lerp_(p.grad, 0.05)        # the mean of about 20 steps
+            # Nesterov: what it becomes if the next gradient is the same. It starts at 0 and is too
+            # short at first, as Adam's is, but orthogonal() takes any length out.
+            ahead = p.grad.lerp(momentum, 0.95)
+            update = orthogonal(ahead.flatten(1))           # (R, C)
+            # An orthogonal matrix's numbers have the root mean square 1 / sqrt(max(R, C)); AdamW's
+            # steps have about 0.2 on noisy gradients (Liu et al., arXiv 2502.16982). So about the
+            # same --lr suits both.
+            size = 0.2 * max(update.shape) ** 0.5
+            p.mul_(1 - rate * kernels["weight_decay"])
+            p.sub_(rate * size * update.view_as(p))
+            p.grad = None                                   # so AdamW leaves the kernel alone
+        super().step()
+
+
 def build_optimizer(args, network):
-    """torch.optim's args.optimizer; weight decay acts on convolution kernels alone."""
+    """The Muon above or torch.optim's args.optimizer; weight decay acts on kernels alone."""
     kernels = [p for p in network.parameters() if p.ndim == 4]
     others = [p for p in network.parameters() if p.ndim != 4]
     groups = [
         dict(params=kernels, weight_decay=args.weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
-    return getattr(torch.optim, args.optimizer)(groups, lr=args.lr, **args.optimizer_args)
+    kind = Muon if args.optimizer == "Muon" else getattr(torch.optim, args.optimizer)
+    return kind(groups, lr=args.lr, **args.optimizer_args)
 
 
 def start_from(network, path):
@@ -687,13 +756,13 @@ OTHERS = dict(          # without an entry above, or set by recipes alone
     power=1.0,
 )
 QUICK_COMMON = dict(
-    optimizer="AdamW", optimizer_args={"fused": True}, weight_decay=0.1, schedule="poly",
-    warmup=100, batch_size=8, val_images=200, augment=["mirror"])
+    optimizer="Muon", optimizer_args={}, weight_decay=0.1, lr=0.01, schedule="poly",
+    warmup=100, batch_size=16, val_images=200, augment=["mirror"])
 QUICK = dict(           # some minutes on two cores, found by trial
-    icnet=QUICK_COMMON | dict(size=192, width=0.5, lr=0.005, iterations=3600, val_every=600),
-    segnet=QUICK_COMMON | dict(size=96, width=0.5, lr=0.004, iterations=2700, val_every=450),
-    hourglass=QUICK_COMMON | dict(size=96, stacks=1, features=128, stem_stride=4, lr=0.005,
-                           iterations=4500, val_every=750))
+    icnet=QUICK_COMMON | dict(size=192, width=0.5, iterations=1000, val_every=250),
+    segnet=QUICK_COMMON | dict(size=96, width=0.5, iterations=1200, val_every=300),
+    hourglass=QUICK_COMMON | dict(size=96, stacks=1, features=128, stem_stride=4,
+                                  iterations=1400, val_every=350))
 WEIGHTINGS = ["none", "w1-outer", "w1-direct", "w2-outer", "w2-direct"]
 CHOICES = dict(
     variant=["basic", "vgg16"],

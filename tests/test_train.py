@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import evaluate
 import train
@@ -329,7 +330,7 @@ def test_a_row_is_the_figures_of_the_saved_network_on_unaugmented_frames(data, t
 def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path, monkeypatch,
                                                           precision):
     """A run with everything that could be forgotten; signals go to workers too, as a terminal's."""
-    more = ("--augment --weighting w1-direct --bn-after 3 --workers 1 "
+    more = ("--quick --augment --weighting w1-direct --bn-after 3 --workers 1 "
             f"--precision {precision} --init-from {plain}/segnet/last.pt")
     argv = {name: command(data, tmp_path / name, more, iterations=8)
             for name in ("whole", "early", "killed", "stopped", "hung-up")}
@@ -460,6 +461,43 @@ def test_weight_decay_acts_on_convolution_kernels_alone(data, tmp_path):
     assert (first["weight_decay"], len(first["params"])) == (1e-4, kernels)
     assert (second["weight_decay"], len(second["params"])) == (0, len(learned) - kernels)
     assert first["lr"] == second["lr"] == 0.01 * 0.5 ** 0.9         # of step 1 of 2
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 8, 1, 1)])
+def test_muon_moves_kernels_as_torchs_own_and_its_state_loads(shape):
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(shape))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    theirs = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    state = None
+    for _ in range(3):
+        ours = train.Muon([dict(params=[kernel], weight_decay=0.1)], lr=0.01)
+        if state:
+            ours.load_state_dict(state)
+        kernel.grad = torch.randn(shape)
+        matrix.grad = kernel.grad.flatten(1)
+        ours.step()
+        theirs.step()
+        state = ours.state_dict()
+    torch.testing.assert_close(kernel.flatten(1), matrix, atol=5e-4, rtol=0)    # theirs: bf16
+
+
+def test_muon_moves_the_rest_as_adamw_and_sees_unscaled_gradients():
+    torch.manual_seed(0)
+    start, gradient, bias = torch.randn(8, 3, 3, 3), torch.randn(8, 3, 3, 3), torch.randn(5)
+    kernel, other, plain = (nn.Parameter(x.clone()) for x in (start, bias, bias))
+    muon = train.Muon([dict(params=[kernel], weight_decay=0.1),
+                       dict(params=[other], weight_decay=0.0)], lr=0.01)
+    adamw = torch.optim.AdamW([plain], lr=0.01, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)             # as in fp16
+    for factor in 1.0, float("inf"):                        # the second step is left out
+        scaler.scale(factor * ((kernel * gradient).sum() + other.sum())).backward()
+        scaler.step(muon)
+        scaler.update()
+    plain.sum().backward()
+    adamw.step()
+    torch.testing.assert_close(other, plain)
+    torch.testing.assert_close(muon.state[kernel]["momentum"], 0.05 * gradient)
 
 
 def test_resume_refuses_other_settings_other_frames_and_damaged_files(data, plain, tmp_path,
