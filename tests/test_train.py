@@ -330,7 +330,7 @@ def test_a_row_is_the_figures_of_the_saved_network_on_unaugmented_frames(data, t
 def test_killed_or_stopped_and_resumed_equals_undisturbed(data, plain, tmp_path, monkeypatch,
                                                           precision):
     """A run with everything that could be forgotten; signals go to workers too, as a terminal's."""
-    more = ("--quick --augment --weighting w1-direct --bn-after 3 --workers 1 "
+    more = ("--quick --size 32 --augment --weighting w1-direct --bn-after 3 --workers 1 "
             f"--precision {precision} --init-from {plain}/segnet/last.pt")
     argv = {name: command(data, tmp_path / name, more, iterations=8)
             for name in ("whole", "early", "killed", "stopped", "hung-up")}
