@@ -761,8 +761,8 @@ QUICK_COMMON = dict(
 QUICK = dict(           # some minutes on two cores, found by trial
     icnet=QUICK_COMMON | dict(size=192, width=0.5, iterations=1000, val_every=250),
     segnet=QUICK_COMMON | dict(size=96, width=0.5, iterations=1200, val_every=300),
-    hourglass=QUICK_COMMON | dict(size=96, stacks=1, features=128, stem_stride=4,
-                                  iterations=1400, val_every=350))
+    hourglass=QUICK_COMMON | dict(size=96, stacks=1, features=128, stem_stride=4, lr=0.016,
+                                  iterations=1200, val_every=400))
 WEIGHTINGS = ["none", "w1-outer", "w1-direct", "w2-outer", "w2-direct"]
 CHOICES = dict(
     variant=["basic", "vgg16"],

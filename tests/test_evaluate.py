@@ -469,6 +469,21 @@ def test_half_precision_predicts_like_fp32(precision, tolerance, data, run):
     assert tolerance / 100 < error < tolerance
 
 
+def test_frames_are_decoded_once_where_all_fit_into_memory(data, monkeypatch):
+    classes = read_classes(data)
+    split = Split(data, "test", classes)
+    first = split[[0, 1]]
+    again = Split(data, "test", classes)
+    again.decoded = None                                    # as if they did not fit
+    monkeypatch.setattr(evaluate, "open_picture", None)
+    second = split[[1, 0]]
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value.flip(0), equal_nan=True)
+    with pytest.raises(TypeError):
+        again[[0]]
+    assert Split(data, "train", classes, 32000).decoded is None
+
+
 def test_readers_can_stay_alive(data):
     split = Split(data, "test", read_classes(data))
     batches = evaluate.reader(split, [[1], [2, 3]], 1, CPU, persistent=True)
