@@ -528,12 +528,17 @@ def orthogonal(matrix):
         return orthogonal(matrix.T).T
     X = matrix / (matrix.norm() + 1e-7)
     square = X @ X.T                                        # (R, R)
-    product = torch.eye(len(square), device=square.device)
-    for _ in range(5):
-        factor = torch.addmm(square, square, square, beta=b, alpha=c)       # b XX' + c (XX')^2
-        factor.diagonal().add_(a)
-        product = factor @ product
+
+    def bracket(square):                                    # a + b XX' + c (XX')^2
+        result = torch.addmm(square, square, square, beta=b, alpha=c)
+        result.diagonal().add_(a)
+        return result
+
+    factor = product = bracket(square)
+    for _ in range(4):
         square = factor @ square @ factor                   # XX' of the next X, factor @ X
+        factor = bracket(square)
+        product = factor @ product
     return product @ X
 
 
