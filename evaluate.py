@@ -389,6 +389,8 @@ def open_picture(path, side=None, size=None):
     """
     try:
         image = Image.open(path)
+        if image.mode[0] in "IF":       # which convert("RGB") would clip to 255
+            raise ValueError("more than 8 bits a channel")
         width, height = image.size
         if size:
             image.draft("RGB", (size, size))
@@ -428,10 +430,7 @@ class Split(Dataset):
         self.prepared = classes["size"] or open_picture(first_image).width
         self.size = size or self.prepared
         self.label_size = self.size if labels_at_size else self.prepared
-        # A quick run reads its 2,000 small frames ten times. Decoding them once, where all of them
-        # take less than half a GB, leaves a CPU more time to train.
-        total = len(self.frames) * (3 * self.size ** 2 + self.label_size ** 2)
-        self.decoded = {} if total < 2 ** 29 else None
+        self.kept = None
         joints = self.folder / "joints.npz"
         self.joints = self.read_joints(joints) if joints.is_file() else None
 
@@ -451,7 +450,7 @@ class Split(Dataset):
     def __getitem__(self, indices):
         """Images (B, 3, S, S) and labels (B, L, L) uint8, joints (B, J, 2) float32 in pixels of the
         images, if known."""
-        pairs = [self.load_frame(self.frames[index]) for index in indices]
+        pairs = [self.load_kept(index) for index in indices]
         images, labels = zip(*pairs)
         images = torch.from_numpy(np.stack(images))
         batch = dict(
@@ -464,17 +463,28 @@ class Split(Dataset):
             batch["joints"] = torch.from_numpy(joints)
         return batch
 
-    def load_frame(self, frame):
-        """Image (S, S, 3) and label (L, L), uint8, which are kept if there is room for all. Raises
-        Problem naming the file."""
-        if self.decoded is None:
-            return self.decode_frame(frame)
-        if frame not in self.decoded:
-            self.decoded[frame] = self.decode_frame(frame)
-        return self.decoded[frame]
+    def keep(self, workers):
+        """From now on a frame is decoded once. A quick run takes each of 2,000 small ones ten times,
+        and decoding costs a CPU a tenth of its time. Not where all would take half a GB or more,
+        nor where several workers would each keep their own."""
+        N = len(self.frames)
+        if workers < 2 and N * (3 * self.size ** 2 + self.label_size ** 2) < 2 ** 29:
+            images = np.zeros((N, self.size, self.size, 3), np.uint8)
+            labels = np.zeros((N, self.label_size, self.label_size), np.uint8)
+            self.kept = images, labels, np.zeros(N, bool)
 
-    def decode_frame(self, frame):
-        """What load_frame returns, from the files."""
+    def load_kept(self, index):
+        """load_frame of the frame with that index, but for one that is kept."""
+        if self.kept is None:
+            return self.load_frame(self.frames[index])
+        images, labels, known = self.kept
+        if not known[index]:
+            images[index], labels[index] = self.load_frame(self.frames[index])
+            known[index] = True
+        return images[index], labels[index]
+
+    def load_frame(self, frame):
+        """Image (S, S, 3) and label (L, L), uint8. Raises Problem naming the file."""
         image = open_picture(self.images[frame], self.prepared, self.size).convert("RGB")
         image = image.resize((self.size, self.size), Image.BILINEAR)    # averages where it shrinks
         path = self.labels[frame]

@@ -247,6 +247,7 @@ def train(args, run_dir, checkpoint=None):
 
     # 2. Data: frames to train on, and a fixed choice of both splits to measure.
     classes, training = read_data(args)
+    training.keep(workers)
     warn(classes, args.data)
     measured = validation_readers(args, classes, workers, device)
 
@@ -307,7 +308,6 @@ def train(args, run_dir, checkpoint=None):
         network.compile()                                   # in place: weights keep their names
     model = distribute(network, device) if world > 1 else network
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    torch.backends.cudnn.benchmark = True
     order = frame_order(len(training.frames), args.batch_size, args.seed, start, args.iterations)
     shares = (indices[rank::world] for indices in order)
     batches = evaluate.reader(training, shares, workers, device)
@@ -344,7 +344,7 @@ def train(args, run_dir, checkpoint=None):
             bar.update(args.batch_size)
             continue
         loss = mean_over_processes(main)
-        check_finite(loss, done, scaler.get_scale())
+        check_finite(loss, done, scaler.get_scale(), network)
         if due:
             row = dict(step=done) | validate(predict, measured)
             check_finite(row["val_loss"], done)
@@ -393,11 +393,15 @@ def mean_over_processes(loss):
     return loss.item()
 
 
-def check_finite(loss, step, scale=1):
-    """Raises Problem for a loss that is nan or inf, before it is saved. In fp16 a step with such
-    gradients is skipped and the scale halved, so it is only final once the scale is down to 1."""
-    if not np.isfinite(loss) and scale <= 1:
-        raise Problem(f"loss {loss} at step {step}: lower --lr, or take --precision fp32")
+def check_finite(loss, step, scale=1, network=None):
+    """Raises Problem for a loss, or weights after the step, that are nan or inf, before they are
+    saved. In fp16 a step with such gradients is skipped and the scale halved, so a loss is only
+    final once the scale is down to 1."""
+    weights = sum(p.detach().sum() for p in network.parameters()) if network else 0.0
+    sound = np.isfinite(loss) or scale > 1
+    if not sound or not np.isfinite(float(weights)):
+        raise Problem(f"loss {loss} at step {step}, or weights that are not finite: lower --lr, or "
+                      "take --precision fp32")
 
 
 def write_log(run_dir, rows, source):
@@ -415,7 +419,8 @@ def write_log(run_dir, rows, source):
         axes.set(xlabel="step", ylabel=kind, title=source, ylim=(0, None))
         axes.legend()
     sheet.savefig(run_dir / "curves.png")
-    tqdm.write("step {step}: mIoU train {train_miou:.1%}, val {val_miou:.1%}".format(**rows[-1]))
+    say = tqdm.write if sys.stderr.isatty() else print      # above the bar; in a log, a line
+    say("step {step}: mIoU train {train_miou:.1%}, val {val_miou:.1%}".format(**rows[-1]))
 
 
 # ---- What the loop stands on: data, network, processes, signals
@@ -616,6 +621,7 @@ def join_processes(device):
     speaks, errors aside. A dead peer ends the others: NCCL waits ten minutes, gloo half an hour."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    torch.backends.cudnn.benchmark = True                   # to try kernels pays: batches are alike
     if world > 1:
         card = None
         if device != "cpu" and torch.cuda.is_available():

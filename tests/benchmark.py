@@ -196,7 +196,6 @@ def read_rate(size, workers, count=400):
         tiny.write_prepared(folder, frames=count, size=SIZE, splits=["train"], joints=False)
         split = evaluate.Split(folder, "train", evaluate.read_classes(folder), size,
                                labels_at_size=True)
-        split.decoded = None                                # as if they were too many to keep
         chunks = np.arange(count).reshape(-1, 8).tolist()
         batches = evaluate.reader(split, chunks, workers, torch.device("cpu"), persistent=workers)
         list(batches)                                       # the processes have started

@@ -217,6 +217,12 @@ def test_two_pictures_of_one_name_are_refused(tmp_path):
         Split(tmp_path, "train", read_classes(tmp_path))
 
 
+def test_pictures_of_16_bits_are_refused(tmp_path):
+    write_own(tmp_path, "a.png", GOOD.astype(np.uint16) * 256)
+    with pytest.raises(Problem, match="a.png is no .*8 bits"):
+        Split(tmp_path, "train", read_classes(tmp_path))[[0]]
+
+
 def test_split_loads_what_is_stored(data):
     classes = read_classes(data) | dict(mean=[0.1, 0.2, 0.3])
     split = Split(data, "val", classes)
@@ -469,19 +475,22 @@ def test_half_precision_predicts_like_fp32(precision, tolerance, data, run):
     assert tolerance / 100 < error < tolerance
 
 
-def test_frames_are_decoded_once_where_all_fit_into_memory(data, monkeypatch):
+def test_frames_are_decoded_once_where_few_enough(data, monkeypatch):
     classes = read_classes(data)
-    split = Split(data, "test", classes)
-    first = split[[0, 1]]
-    again = Split(data, "test", classes)
-    again.decoded = None                                    # as if they did not fit
+    first = Split(data, "test", classes)[[0, 1]]
+    splits = [Split(data, "test", classes) for _ in range(2)]
+    for workers, split in enumerate(splits, 1):
+        split.keep(workers)
+        split[[0, 1]]["images"].zero_()                     # a batch is a copy
     monkeypatch.setattr(evaluate, "open_picture", None)
-    second = split[[1, 0]]
+    second = splits[0][[1, 0]]
     for key, value in first.items():
         torch.testing.assert_close(second[key], value.flip(0), equal_nan=True)
-    with pytest.raises(TypeError):
-        again[[0]]
-    assert Split(data, "train", classes, 32000).decoded is None
+    with pytest.raises(TypeError):                          # two workers keep nothing
+        splits[1][[0]]
+    large = Split(data, "train", classes, 32000)
+    large.keep(1)
+    assert large.kept is None
 
 
 def test_readers_can_stay_alive(data):

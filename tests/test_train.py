@@ -385,6 +385,14 @@ def test_best_has_the_highest_miou_and_nan_stays_out(data, tmp_path, capsys, mon
     assert load(tmp_path / "run", "best.pt")["step"] == 4
 
 
+def test_a_stop_saves_no_weights_that_are_not_finite(data, tmp_path, capsys, monkeypatch):
+    """The loss of a step is finite, as it is of the weights before it."""
+    monkeypatch.setattr(train, "learning_rate", lambda *_: float("nan"))
+    monkeypatch.setattr(train, "StopRequest", lambda world: Namespace(number=15))
+    assert "weights" in refused(command(data, tmp_path / "run"), capsys)
+    assert load(tmp_path / "run")["step"] == 0
+
+
 def test_a_step_that_fp16_skips_is_no_loss_that_is_not_finite(data, tmp_path, monkeypatch):
     """The first loss is inf: the scale is halved, weights stay, and training goes on."""
     criterion = train.Criterion.__call__
