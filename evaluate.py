@@ -775,17 +775,18 @@ def pick_device(name="auto", precision="auto"):
 
 
 def layout(network, device, precision):
-    """The torch.memory_format in which the network is fast and right: channels last, but for two
+    """The torch.memory_format in which the network is fast and right: channels last, but for three
     kinds of convolutions on a CPU.
 
     In float32 without AVX-512, the gradient of a 7x7 convolution's weights takes twice as long in
-    it. And in bf16 the gradient of a dilated convolution's weights is wrong in it where the input's
-    channels are more than 16 and no multiple of 16, since oneDNN then reads memory that nobody has
-    written (findings/bf16-weight-gradient.sh).
+    it, and that of a strided 1x1 convolution's is wrong where the input has fewer than 8 channels
+    (torch 2.13.0; ICNet narrower than a quarter). And in bf16 the gradient of a dilated
+    convolution's weights is wrong in it where the input's channels are more than 16 and no multiple
+    of 16, since oneDNN then reads memory that nobody has written (findings/bf16-weight-gradient.sh).
     """
     if device.type != "cpu":
         return torch.channels_last
-    has_7x7 = has_odd_dilated = False
+    has_7x7 = has_odd_dilated = has_narrow_strided = False
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             channels = layer.in_channels
@@ -793,9 +794,12 @@ def layout(network, device, precision):
                 has_7x7 = True
             if layer.dilation > (1, 1) and channels > 16 and channels % 16 > 0:
                 has_odd_dilated = True
-    slow = has_7x7 and precision == "fp32" and not cpu_has("avx512_f")
+            if layer.kernel_size == (1, 1) and layer.stride > (1, 1) and channels < 8:
+                has_narrow_strided = True
+    slow = has_7x7 and precision == "fp32"
+    old = (slow or has_narrow_strided) and not cpu_has("avx512_f")
     wrong = has_odd_dilated and precision == "bf16"
-    return torch.contiguous_format if slow or wrong else torch.channels_last
+    return torch.contiguous_format if old or wrong else torch.channels_last
 
 
 def autocast(device, precision):

@@ -66,7 +66,10 @@ def make_batch(size=64):
 @pytest.mark.parametrize("name", NETWORKS | MORE | NARROW)
 def test_every_parameter_gets_a_gradient(name):
     model = build(name)
+    layout = evaluate.layout(model, torch.device("cpu"), "fp32")    # as train.py takes it
+    model.to(memory_format=layout)
     images, batch = make_batch()
+    images = images.contiguous(memory_format=layout)
     total, _ = model.loss(model(images), batch, tiny.criterion)
     total.backward()
     for parameter in model.parameters():
