@@ -464,7 +464,7 @@ class Split(Dataset):
         return batch
 
     def keep(self, workers):
-        """From now on a frame is decoded once. A quick run takes each of 2,000 small ones ten times,
+        """From now on a frame is decoded once. A quick run takes each of 2,000 small ones ten times
         and decoding costs a CPU a tenth of its time. Not where all would take half a GB or more,
         nor where several workers would each keep their own."""
         N = len(self.frames)
@@ -780,9 +780,9 @@ def layout(network, device, precision):
 
     In float32 without AVX-512, the gradient of a 7x7 convolution's weights takes twice as long in
     it, and that of a strided 1x1 convolution's is wrong where the input has fewer than 8 channels
-    (torch 2.13.0; ICNet narrower than a quarter). And in bf16 the gradient of a dilated
+    (torch 2.13.0; ICNet of a 16th of the width). And in bf16 the gradient of a dilated
     convolution's weights is wrong in it where the input's channels are more than 16 and no multiple
-    of 16, since oneDNN then reads memory that nobody has written (findings/bf16-weight-gradient.sh).
+    of 16: oneDNN then reads memory that nobody has written (findings/bf16-weight-gradient.sh).
     """
     if device.type != "cpu":
         return torch.channels_last

@@ -554,8 +554,8 @@ class Muon(torch.optim.AdamW):
     gradient. Steps that are as long in all of them learn from the rare ones too: the hourglass came
     further in 2,250 quick steps than with AdamW in 4,500 (stand-in, not SURREAL, validation: 27.7
     and 26.7 % mIoU). Jordan et al., kellerjordan.github.io/posts/muon; they leave the last layer to
-    AdamW. torch.optim.Muon takes 2-D parameters alone, and rounds them to bf16, which makes steps of
-    noise (findings/muon-steps-of-rounding-noise.sh).
+    AdamW. torch.optim.Muon takes 2-D parameters alone and rounds them to bf16, which makes steps
+    of noise (findings/muon-steps-of-rounding-noise.sh).
     """
 
     def __init__(self, groups, lr):

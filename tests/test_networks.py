@@ -125,7 +125,9 @@ def test_it_learns_one_batch_and_bf16_agrees(name):
         freeze(model)
     optimizer = optimizer_of(name, model.parameters())
     history = []
-    for _ in range(50):
+    for step in range(50):
+        if "hourglass" in name:     # else RMSprop's first step, ten times its rate, decides by chance
+            optimizer.param_groups[0]["lr"] = 0.003 * min(1, (step + 1) / 10)
         total, main = model.loss(model(images), batch, tiny.criterion)
         optimizer.zero_grad()
         total.backward()
