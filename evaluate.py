@@ -780,7 +780,7 @@ def layout(network, device, precision):
 
     In float32 without AVX-512, the gradient of a 7x7 convolution's weights takes twice as long in
     it, and that of a strided 1x1 convolution's is wrong where the input has fewer than 8 channels
-    (torch 2.13.0; ICNet of a 16th of the width). And in bf16 the gradient of a dilated
+    (torch 2.13.0; ICNet of a 20th of the width). And in bf16 the gradient of a dilated
     convolution's weights is wrong in it where the input's channels are more than 16 and no multiple
     of 16: oneDNN then reads memory that nobody has written (findings/bf16-weight-gradient.sh).
     """

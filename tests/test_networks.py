@@ -126,7 +126,7 @@ def test_it_learns_one_batch_and_bf16_agrees(name):
     optimizer = optimizer_of(name, model.parameters())
     history = []
     for step in range(50):
-        if "hourglass" in name:     # else RMSprop's first step, ten times its rate, decides by chance
+        if "hourglass" in name:     # else the first step, ten times the rate, decides
             optimizer.param_groups[0]["lr"] = 0.003 * min(1, (step + 1) / 10)
         total, main = model.loss(model(images), batch, tiny.criterion)
         optimizer.zero_grad()
