@@ -474,7 +474,7 @@ class Split(Dataset):
             self.kept = images, labels, np.zeros(N, bool)
 
     def load_kept(self, index):
-        """load_frame of the frame with that index, but for one that is kept."""
+        """What load_frame gives for the frame with that index; from memory, if it is kept."""
         if self.kept is None:
             return self.load_frame(self.frames[index])
         images, labels, known = self.kept
@@ -796,10 +796,10 @@ def layout(network, device, precision):
                 has_odd_dilated = True
             if layer.kernel_size == (1, 1) and layer.stride > (1, 1) and channels < 8:
                 has_narrow_strided = True
-    slow = has_7x7 and precision == "fp32"
-    old = (slow or has_narrow_strided) and not cpu_has("avx512_f")
-    wrong = has_odd_dilated and precision == "bf16"
-    return torch.contiguous_format if old or wrong else torch.channels_last
+    without_avx512 = not cpu_has("avx512_f")
+    slow = has_7x7 and precision == "fp32" and without_avx512
+    wrong = has_narrow_strided and without_avx512 or has_odd_dilated and precision == "bf16"
+    return torch.contiguous_format if slow or wrong else torch.channels_last
 
 
 def autocast(device, precision):
