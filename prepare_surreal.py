@@ -1023,11 +1023,16 @@ def fabric(rng, samples):
 
 def fabric_colour(cloth, place, uneven):
     """Colours (N, 3) of a fabric at places (N, 3) in metres, with noise `uneven` (N,)."""
+    lightness = 1 + .1 * uneven[:, None]
+    if "print" in cloth:                                # a picture (240, 320, 3), repeated in x and y
+        pixel = place[:, :2] * cloth["scale"] + cloth["origin"]
+        column, row = pixel.astype(int).T
+        return cloth["print"][row % HEIGHT, column % WIDTH] * lightness
     stripes = np.sin(place * cloth["pitch"])            # across x, y and z
     pattern = stripes.max(axis=1) + .2 * uneven
     second = pattern > cloth["limit"]
     colour = np.where(second[:, None], cloth["second"], cloth["first"])
-    return colour * (1 + .1 * uneven[:, None])
+    return colour * lightness
 
 
 def dress(rng, still):
@@ -1062,6 +1067,20 @@ def dress(rng, still):
             hem=-.25,
             shoe_top=-9)
     return look
+
+
+def print_photograph(rng, look, photograph):
+    """Half of the clothes get the photograph (240, 320, 3) behind the person as a print: where
+    clothes look like what is behind them, a network has to learn outlines. A quarter of the shirts
+    become longer, up to coats, of which dress() draws few."""
+    for name in ("shirt", "trousers", "shoes"):
+        if rng.random() < .5:
+            look[name] = dict(
+                print=photograph,
+                scale=rng.choice((-1, 1), 2) * rng.uniform(60, 400),    # pixels a metre
+                origin=rng.uniform(2000, 4000, 2))
+    if rng.random() < .25:
+        look["bottom"] = rng.uniform(-.7, -.1)
 
 
 def texture(look, rest):
@@ -1396,6 +1415,8 @@ def render(rng, person, picture):
     background from the file `picture` or, if None, made up."""
     still = background(rng, picture)
     look = dress(rng, still)
+    if picture:
+        print_photograph(rng, look, still)
     light = rng.uniform(-.6, .6, 9)
     light[:2] = rng.uniform((.5, -.7), (1.2, 0))        # seldom dark, more from above
     blur = rng.uniform(.3, .9)                          # pixels
@@ -1505,7 +1526,7 @@ OPTIONS = [     # name, the modes it goes with, default, lowest value, help
     ("seed", CLIPS, 0, 0, "of the choice of frames and of the stand-in's people"),
     ("clips", STANDIN, 1000, 1, "clips for train; a tenth each for val and test"),
     ("frames", STANDIN, 2, 1, "frames of a clip"),
-    ("backgrounds", STANDIN, None, None, "folder of photographs for backgrounds"),
+    ("backgrounds", STANDIN, None, None, "folder of photographs for backgrounds and prints"),
     ("masks", OWN, None, None, "grey or palette PNGs of class ids, named like their pictures"),
     ("names", OWN, [], None, "the classes, in the order of their ids"),
     ("values", OWN, [], None, "of each class in the masks; default: 0 1 2 ..."),

@@ -266,6 +266,37 @@ def test_light_falls_from_above():
     assert np.allclose(shaded, (1.5, .5, 1))
 
 
+def test_half_of_the_clothes_show_the_photograph_behind_them():
+    rng = np.random.default_rng(0)
+    still = np.zeros((240, 320, 3))
+    still[:, 160:] = .8
+    prints = coats = 0
+    for _ in range(200):
+        look = prepare.dress(rng, still)
+        prepare.print_photograph(rng, look, still)
+        prints += sum("print" in look[name] for name in ("shirt", "trousers", "shoes"))
+        coats += look["bottom"] < -.35
+    assert 240 < prints < 360                           # of 600
+    assert 15 < coats < 60                              # of 200; without it about 4
+
+    # Columns 80 + 100 x: x = 0 lies on the left half, x = 1 on the right one, x = 3.2 goes round.
+    cloth = dict(print=still, scale=np.array([100, 100]), origin=np.array([2000, 2000]))
+    place = np.array([(0, 0, 0), (1, 0, 0), (3.2, 0, 9)])
+    colour = prepare.fabric_colour(cloth, place, np.array([0, 1, 0]))
+    assert np.allclose(colour[:, 0], (0, .88, 0))       # noise of 1 makes a tenth lighter
+
+
+def test_only_photographs_are_printed_on_clothes(tmp_path, monkeypatch):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (320, 240)).save(photo)
+    printed = []
+    monkeypatch.setattr(prepare, "print_photograph", lambda *inputs: printed.append(inputs))
+    for picture in (None, photo):
+        rng = np.random.default_rng(0)
+        prepare.render(rng, prepare.scene(rng, 1), picture)
+        assert len(printed) == (picture is not None)
+
+
 def test_photographs_are_shared_among_the_splits(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -428,15 +428,17 @@ def test_a_run_belongs_to_one_process(data, tmp_path, capsys):
     assert train.main([*argv, "--iterations", str(stop)]) == 0
 
 
-@pytest.mark.parametrize("before, noted", [
-    (signal.SIG_DFL, signal.SIGHUP),
-    (signal.SIG_IGN, 0),                                    # under nohup
-])
-def test_a_lost_connection_stops_a_run_but_not_under_nohup(before, noted):
-    signal.signal(signal.SIGHUP, before)
-    stop = train.StopRequest(world=1)
-    signal.raise_signal(signal.SIGHUP)
-    assert stop.number == noted
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_stop_a_run_but_not_under_nohup_and_not_its_readers(name):
+    number = getattr(signal, name)
+    for before, noted in (lambda *_: None, number), (signal.SIG_IGN, 0):
+        signal.signal(number, before)
+        stop = train.StopRequest(world=1)
+        signal.raise_signal(number)
+        assert stop.number == noted
+    signal.signal(number, signal.SIG_DFL)
+    evaluate.ignore_signals(0)
+    assert signal.getsignal(number) == signal.SIG_IGN
 
 
 def test_three_forms_of_resume(data, tmp_path, monkeypatch, capsys):
