@@ -1022,9 +1022,10 @@ def fabric(rng, samples):
 
 
 def fabric_colour(cloth, place, uneven):
-    """Colours (N, 3) of a fabric at places (N, 3) in metres, with noise `uneven` (N,)."""
+    """Colours (N, 3) of a fabric(), or of a print as print_photograph() sets it, at places (N, 3)
+    in metres, with noise `uneven` (N,)."""
     lightness = 1 + .1 * uneven[:, None]
-    if "print" in cloth:                                # a picture (240, 320, 3), repeated in x and y
+    if "print" in cloth:                                # a picture, repeated in x and y
         pixel = place[:, :2] * cloth["scale"] + cloth["origin"]
         column, row = pixel.astype(int).T
         return cloth["print"][row % HEIGHT, column % WIDTH] * lightness
@@ -1070,9 +1071,9 @@ def dress(rng, still):
 
 
 def print_photograph(rng, look, photograph):
-    """Half of the clothes get the photograph (240, 320, 3) behind the person as a print: where
-    clothes look like what is behind them, a network has to learn outlines. A quarter of the shirts
-    become longer, up to coats, of which dress() draws few."""
+    """Changes a look of dress(): half of the clothes get the photograph (240, 320, 3) float32 in
+    0..1 behind the person as a print, since where clothes look like what is behind them, a network
+    has to learn outlines. A quarter of the shirts become longer, up to coats, which are rare."""
     for name in ("shirt", "trousers", "shoes"):
         if rng.random() < .5:
             look[name] = dict(
